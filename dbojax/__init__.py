@@ -1,0 +1,22 @@
+"""Distributed bilevel optimisation in JAX, composed from small parts."""
+
+__version__ = "0.1.0"
+
+from dbojax import base as base
+from dbojax import trees as trees
+from dbojax.base import Algorithm as Algorithm
+from dbojax.base import Batch as Batch
+from dbojax.base import Calls as Calls
+from dbojax.base import Channel as Channel
+from dbojax.base import Compressor as Compressor
+from dbojax.base import Hypergradient as Hypergradient
+from dbojax.base import Metrics as Metrics
+from dbojax.base import Mix as Mix
+from dbojax.base import Oracle as Oracle
+from dbojax.base import Problem as Problem
+from dbojax.base import Rounds as Rounds
+from dbojax.base import Strategy as Strategy
+from dbojax.base import Traffic as Traffic
+from dbojax.trees import consensus_error as consensus_error
+from dbojax.trees import node_mean as node_mean
+from dbojax.trees import replicate as replicate

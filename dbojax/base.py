@@ -1,0 +1,189 @@
+"""The contracts that every part of dbojax meets; nothing here computes an algorithm."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Tree = Any  # any pytree of arrays
+State = Any  # a part's memory: a pytree that the part alone understands
+Payload = Any  # the arrays that cross a link, in the dtypes in which they cross it
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What crossed the links, in bytes: exact Python integers, never traced.
+
+    ``a | b`` puts two messages into the same packets (rounds do not add up), ``a + b``
+    sends one after the other, ``a * k`` repeats.
+
+    Args:
+        message: bytes that one node hands to one link.
+        total: bytes summed over all directed links.
+        rounds: synchronous communication rounds.
+
+    Examples:
+        >>> one = Traffic(message=8, total=160, rounds=1)
+        >>> (one | one).rounds, (one + one).rounds, (one * 3).total
+        (1, 2, 480)
+    """
+
+    message: int = 0
+    total: int = 0
+    rounds: int = 0
+
+    def __or__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.message + other.message,
+            self.total + other.total,
+            max(self.rounds, other.rounds),
+        )
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.message + other.message,
+            self.total + other.total,
+            self.rounds + other.rounds,
+        )
+
+    def __mul__(self, times: int) -> Traffic:
+        return Traffic(self.message * times, self.total * times, self.rounds * times)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """Oracle calls of one node: exact Python integers, never traced.
+
+    Args:
+        gradients: gradients of one objective in one variable.
+        products: products of a vector with a block of second derivatives.
+    """
+
+    gradients: int = 0
+    products: int = 0
+
+    def __add__(self, other: Calls) -> Calls:
+        return Calls(self.gradients + other.gradients, self.products + other.products)
+
+    def __mul__(self, times: int) -> Calls:
+        return Calls(self.gradients * times, self.products * times)
+
+
+class Problem(NamedTuple):
+    """A bilevel problem as one node sees it.
+
+    ``min_x mean_i f_i(x, y*(x))`` subject to ``y*(x) = argmin_y mean_i g_i(x, y)``;
+    node ``i`` differs from node ``j`` by its batch alone.
+    """
+
+    upper: Callable[[Tree, Tree, Tree], jax.Array]  # f(x, y, batch) -> scalar
+    lower: Callable[[Tree, Tree, Tree], jax.Array]  # g(x, y, batch) -> scalar
+
+
+class Batch(NamedTuple):
+    """Independent samples for the two levels; leaves have the node axis first."""
+
+    upper: Tree
+    lower: Tree
+
+
+class Rounds(NamedTuple):
+    """A batch for the single phases of a step, and a fresh one per repeated round."""
+
+    outer: Tree  # node axis first
+    inner: Tree  # (rounds, nodes, ...)
+
+
+class Compressor(NamedTuple):
+    """How one node's tree becomes a message and is read again.
+
+    ``payload`` is the wire format: exactly the arrays that cross a link.
+    """
+
+    init: Callable[[Tree], State]
+    compress: Callable[[jax.Array, Tree, State], tuple[Payload, State]]
+    decompress: Callable[[Payload, Tree], Tree]  # (payload, like) -> v
+    # (payload, scale, into) -> into + scale * v at the payload's cost, where that is
+    # less than the cost of a dense v; None: decompress, then add.
+    add: Callable[[Payload, jax.Array, Tree], Tree] | None = None
+    # E|C(v) - v|^2 <= (1 - delta(d)) |v|^2, as a function of the length d.
+    delta: Callable[[int], float] | None = None
+    # E C(v) = v and E|C(v) - v|^2 <= omega(d) |v|^2.
+    omega: Callable[[int], float] | None = None
+
+
+class Mix(NamedTuple):
+    """Multiplication by a mixing matrix ``W``, and what travels for it."""
+
+    # apply(v) = W v;  apply(payload, decode) = W decode(payload), where the payload
+    # is what travels and ``decode`` acts on one node's payload.
+    apply: Callable[..., Tree]
+    # (n, ...) -> (n, K, ...): the payloads of each node's neighbours, itself included.
+    exchange: Callable[[Payload], Payload]
+    weights: jax.Array  # (n, K), the entries of W that belong to `exchange`
+    links: int  # directed edges that carry a message
+    lift: Callable[[Callable], Callable]  # f on one node -> f on the node axis
+
+
+class Channel(NamedTuple):
+    """How the values of all nodes travel: one exchange."""
+
+    # `known` is common knowledge at the start: a variable's start, zeros for trackers.
+    init: Callable[[Tree], State]
+    # send(key, v, state, mask=None) -> (what each node holds afterwards, state, Traffic)
+    send: Callable[..., tuple[Tree, State, Traffic]]
+
+
+class Strategy(NamedTuple):
+    """How one decentralised variable moves along local directions and agrees."""
+
+    init: Callable[[Tree], State]
+    # update(key, v, direction, state, mask=None) -> (v, state, Traffic)
+    update: Callable[..., tuple[Tree, State, Traffic]]
+
+
+class Oracle(NamedTuple):
+    """Local directions of the three variables at one node."""
+
+    init: Callable[[Tree, Tree], tuple[Tree, State]]  # (x, y) -> (z, memory)
+    # (key, x, y, z, memory, batch) -> ((d_x, d_y, d_z), memory)
+    directions: Callable[..., tuple[tuple[Tree, Tree, Tree], State]]
+    calls: tuple[Calls, Calls, Calls]  # what d_x, d_y and d_z cost, each by itself
+
+
+class Hypergradient(NamedTuple):
+    """A stand-alone estimator of ``d/dx f(x, y*(x))`` on one machine."""
+
+    init: Callable[[Tree, Tree], State]
+    # (key, x, y, state, batch) -> (hypergradient, y, state, info)
+    estimate: Callable[..., tuple[Tree, Tree, State, Any]]
+
+
+class Consensus(NamedTuple):
+    """Disagreement ``||V - 1 mean(V)||_F`` of each variable."""
+
+    x: jax.Array
+    y: jax.Array
+    z: jax.Array
+
+
+class Metrics(NamedTuple):
+    """What one step tells of itself."""
+
+    upper: jax.Array  # mean_i f_i(x_i, y_i) after the step, on the step's batch
+    hypergrad_norm: jax.Array  # norm of the node mean of the direction of x
+    consensus: Consensus
+    traffic: Traffic
+    calls: Calls
+
+
+class Algorithm(NamedTuple):
+    """A method: all nodes, one step at a time."""
+
+    init: Callable[[Tree, Tree], State]  # stacked (x, y) -> state
+    step: Callable[[jax.Array, State, Tree], tuple[State, Metrics]]

@@ -1,0 +1,164 @@
+"""Trees of arrays whose first axis counts the nodes."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dbojax.base import Tree
+
+
+def num_nodes(tree: Tree, name: str = "tree") -> int:
+    """Length of the node axis that all leaves of ``tree`` share.
+
+    Raises:
+        ValueError: if there is no leaf, a leaf has no axis, or lengths differ.
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    lengths = {shape[0] if shape else None for shape in shapes}
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(
+            f"Every leaf of `{name}` needs the node axis first, of one length; got "
+            f"shapes {shapes}. Stack one value per node, e.g. with "
+            "`dbo.replicate(value, n)`."
+        )
+    return lengths.pop()
+
+
+def check_nodes(tree: Tree, n: int, name: str) -> None:
+    """Refuse a stacked tree whose node axis does not count ``n`` nodes."""
+    if jax.tree.leaves(tree) and (found := num_nodes(tree, name)) != n:
+        raise ValueError(
+            f"`{name}` holds {found} nodes on axis 0, but the mixing matrix has {n}. "
+            f"Stack one value per node, e.g. `dbo.replicate(value, {n})`."
+        )
+
+
+def check_like(tree: Tree, like: Tree, name: str, like_name: str) -> None:
+    """Refuse a tree whose structure or shapes differ from those of ``like``."""
+    got, wanted = jax.tree.structure(tree), jax.tree.structure(like)
+    if got != wanted:
+        raise ValueError(
+            f"`{name}` must have the structure of `{like_name}`, {wanted}; got {got}."
+        )
+    shapes = [(jnp.shape(a), jnp.shape(b)) for a, b in _pairs(tree, like)]
+    if any(a != b for a, b in shapes):
+        raise ValueError(
+            f"`{name}` must have the shapes of `{like_name}`, "
+            f"{[b for _, b in shapes]}; got {[a for a, _ in shapes]}."
+        )
+
+
+def _pairs(a: Tree, b: Tree):
+    return zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+
+
+def replicate(tree: Tree, n: int) -> Tree:
+    """Give each of ``n`` nodes a copy of ``tree``.
+
+    Args:
+        tree: the value of one node.
+        n: number of nodes.
+
+    Returns:
+        A tree whose leaves have the node axis first, ``(n, ...)``.
+
+    Raises:
+        ValueError: if ``n`` is not a positive integer.
+
+    Examples:
+        >>> replicate({"a": jnp.ones(3)}, 4)["a"].shape
+        (4, 3)
+    """
+    if n < 1:
+        raise ValueError(f"`replicate` needs at least one node, got n={n}.")
+    return jax.tree.map(lambda a: jnp.repeat(jnp.asarray(a)[None], n, axis=0), tree)
+
+
+def node_mean(tree: Tree) -> Tree:
+    r"""Average over the node axis, :math:`\bar v = \frac1n \sum_i v_i`.
+
+    Args:
+        tree: stacked values, ``(n, ...)``.
+
+    Returns:
+        The mean, without the node axis.
+
+    Examples:
+        >>> float(node_mean(jnp.array([1.0, 2.0, 6.0])))
+        3.0
+    """
+
+    def mean(leaf):
+        # A product with a row of 1/n: on CPU a reduction over the first axis of a
+        # wide array costs up to 30 times as much.
+        row = jnp.full((1, leaf.shape[0]), 1 / leaf.shape[0], leaf.dtype)
+        flat = jnp.dot(row, leaf.reshape(leaf.shape[0], -1), precision="highest")
+        return flat.reshape(leaf.shape[1:])
+
+    return jax.tree.map(mean, tree)
+
+
+def consensus_error(tree: Tree) -> jax.Array:
+    r"""Disagreement :math:`\|V - \mathbf 1 \bar v^\top\|_F` over all leaves.
+
+    Args:
+        tree: stacked values, ``(n, ...)``; an empty tree counts as agreed.
+
+    Returns:
+        A scalar, zero if and only if all nodes hold the same value.
+
+    Examples:
+        >>> float(consensus_error(jnp.array([[1.0], [3.0]]))) == 2**0.5
+        True
+    """
+    centred = jax.tree.map(lambda a, m: a - m[None], tree, node_mean(tree))
+    return norm(centred)
+
+
+def norm(tree: Tree) -> jax.Array:
+    """Euclidean norm over all leaves; zero for an empty tree."""
+    squares = [jnp.vdot(leaf, leaf).real for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, start=jnp.zeros(())))
+
+
+def node_keys(key: jax.Array, n: int) -> jax.Array:
+    """One key per node, a function of ``(key, node)`` alone: (n,)."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
+
+
+def one_node(tree: Tree) -> Tree:
+    """Shapes and dtypes of one node's share of a stacked tree."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tree)
+
+
+def size(tree: Tree) -> int:
+    """Number of entries over all leaves, from shapes alone."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(tree: Tree) -> int:
+    """Bytes of all leaves, from shapes and dtypes alone."""
+    return sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def ravel(tree: Tree) -> jax.Array:
+    """All leaves as one vector, in the widest of their dtypes."""
+    leaves = jax.tree.leaves(tree)
+    if len(leaves) == 1:
+        return leaves[0].reshape(-1)
+    return jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+
+
+def unravel(flat: jax.Array, like: Tree) -> Tree:
+    """Undo :func:`ravel`; ``like`` gives shapes and dtypes, arrays or not."""
+    leaves, structure = jax.tree.flatten(like)
+    ends, parts = 0, []
+    for leaf in leaves:
+        start, ends = ends, ends + math.prod(leaf.shape)
+        parts.append(flat[start:ends].reshape(leaf.shape).astype(leaf.dtype))
+    return jax.tree.unflatten(structure, parts)
