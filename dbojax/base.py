@@ -87,10 +87,24 @@ class Problem(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Independent samples for the two levels; leaves have the node axis first."""
+    """Independent samples for the two levels; leaves have the node axis first.
+
+    The upper objective sees ``upper`` alone and the lower one ``lower``. Any other
+    batch goes whole to both.
+    """
 
     upper: Tree
     lower: Tree
+
+
+def by_level(batch: Tree) -> tuple[Tree, Tree]:
+    """What the upper and the lower objective see of a batch.
+
+    Examples:
+        >>> by_level(Batch(upper=1, lower=2)), by_level(3)
+        ((1, 2), (3, 3))
+    """
+    return tuple(batch) if isinstance(batch, Batch) else (batch, batch)
 
 
 class Rounds(NamedTuple):

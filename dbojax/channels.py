@@ -175,7 +175,7 @@ def _absorb(mix, compressor, payload, own, mixed):
 
     Sender and receivers decode the same payload, so all copies are bit-identical.
     """
-    if compressor.add is None:
+    if not _scatters(mix, compressor, payload, own):
         like = trees.one_node(own)
 
         def decode(message):
@@ -195,6 +195,18 @@ def _absorb(mix, compressor, payload, own, mixed):
     )
     received = mix.exchange(payload)
     return own, mix.lift(add_all)(received, mix.weights, mixed)
+
+
+def _scatters(mix, compressor, payload, own) -> bool:
+    """Whether adding sparse messages one by one beats mixing the decoded ones.
+
+    Measured on CPU with values and indices in the payload: even at k (degree + 1) of
+    about a tenth of d, where ``trees.size(payload)`` is 2 k.
+    """
+    if compressor.add is None:
+        return False
+    slots = mix.weights.shape[1]
+    return 5 * slots * trees.size(payload) <= trees.size(own)
 
 
 def _relax(v, hat, mixed_hat, gamma):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dbojax.base import Calls, Oracle, Problem
+from dbojax.base import Calls, Oracle, Problem, by_level
 
 
 def soba(problem: Problem) -> Oracle:
@@ -43,7 +43,8 @@ def soba(problem: Problem) -> Oracle:
 
     def directions(key, x, y, z, memory, batch):
         del key
-        upper_x, upper_y = jax.grad(problem.upper, (0, 1))(x, y, batch)
+        upper_batch, batch = by_level(batch)
+        upper_x, upper_y = jax.grad(problem.upper, (0, 1))(x, y, upper_batch)
 
         def lower_gradient(x, y):
             return jax.grad(problem.lower, 1)(x, y, batch)
@@ -103,7 +104,8 @@ def penalty(problem: Problem, weight: float) -> Oracle:
 
     def directions(key, x, y, z, memory, batch):
         del key
-        upper_x, upper_y = jax.grad(problem.upper, (0, 1))(x, y, batch)
+        upper_batch, batch = by_level(batch)
+        upper_x, upper_y = jax.grad(problem.upper, (0, 1))(x, y, upper_batch)
         lower_x, lower_y = jax.grad(problem.lower, (0, 1))(x, y, batch)
         plain_x, d_z = jax.grad(problem.lower, (0, 1))(x, z, batch)
         d_x = jax.tree.map(

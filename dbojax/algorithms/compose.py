@@ -21,6 +21,7 @@ from dbojax.base import (
     Strategy,
     Traffic,
     Tree,
+    by_level,
 )
 
 _LEVELS = ("x", "y", "z")
@@ -174,6 +175,6 @@ def _round(oracle, phase, key, state, batch):
 
 def _metrics(problem, state, batch, norm, traffic, calls) -> Metrics:
     batch = batch.outer if isinstance(batch, Rounds) else batch
-    upper = jax.vmap(problem.upper)(state.x, state.y, batch)
+    upper = jax.vmap(problem.upper)(state.x, state.y, by_level(batch)[0])
     errors = (trees.consensus_error(v) for v in (state.x, state.y, state.z))
     return Metrics(trees.node_mean(upper), norm, Consensus(*errors), traffic, calls)
