@@ -8,6 +8,7 @@ from dbojax import channels as channels
 from dbojax import mixing as mixing
 from dbojax import oracles as oracles
 from dbojax import strategies as strategies
+from dbojax import tasks as tasks
 from dbojax import topology as topology
 from dbojax import trees as trees
 from dbojax.base import Algorithm as Algorithm

@@ -1,0 +1,36 @@
+"""Bilevel problems with data, from closed-form quadratics to representations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dbojax.tasks import data as data
+from dbojax.tasks import samplers as samplers
+from dbojax.tasks.classification import coefficient_tuning as coefficient_tuning
+from dbojax.tasks.classification import hyper_representation as hyper_representation
+from dbojax.tasks.classification import mlp as mlp
+from dbojax.tasks.quadratics import quadratic as quadratic
+from dbojax.tasks.quadratics import with_equal_curvature as with_equal_curvature
+from dbojax.tasks.task import ClosedForm as ClosedForm
+from dbojax.tasks.task import Task as Task
+
+NAMES: dict[str, Callable[..., Task]] = {
+    "quadratic": quadratic,
+    "coefficient_tuning": coefficient_tuning,
+    "hyper_representation": hyper_representation,
+}
+
+
+def named(name: str) -> Callable[..., Task]:
+    """Find the factory of a task by its name, for command lines.
+
+    Raises:
+        ValueError: if there is no such task.
+
+    Examples:
+        >>> named("quadratic")(n=4).n
+        4
+    """
+    if name not in NAMES:
+        raise ValueError(f"No task is named {name!r}. Write one of {sorted(NAMES)}.")
+    return NAMES[name]

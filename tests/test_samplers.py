@@ -1,0 +1,180 @@
+"""Samplers: an epoch is a set, and a batch is a function of (key, step)."""
+
+from itertools import chain
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dbojax.base import Batch
+from dbojax.tasks import data, samplers
+
+SIZES = {
+    "equal": (6, 6, 6),
+    "unequal": (1, 5, 7, 12),
+    "one empty": (4, 0, 9),
+    "divisible": (8, 4, 12),
+    "single": (1,),
+}
+
+
+def numbered(sizes):
+    """Samples whose input is their own number, with the padding in front."""
+    width = max(sizes)
+    mask = np.arange(width)[None] >= width - np.array(sizes)[:, None]
+    numbers = np.arange(len(sizes) * width).reshape(len(sizes), width)
+    inputs = np.where(mask, numbers, -1)[..., None].astype(float)
+    return data.Samples(jnp.array(inputs), jnp.array(numbers), jnp.array(mask))
+
+
+def drawn(batch, node):
+    found = np.asarray(batch.inputs)[node][np.asarray(batch.mask)[node]][:, 0]
+    return found.astype(int).tolist()
+
+
+def in_graph(samples, batch_size):
+    sampler = jax.jit(samplers.minibatches(samples, batch_size))
+    return lambda step: sampler(jax.random.key(1), step)
+
+
+def on_host(samples, batch_size):
+    return samplers.host_minibatches(samples, batch_size, seed=1)
+
+
+DRAW = {"in graph": in_graph, "on host": on_host}
+
+
+@pytest.mark.parametrize("draw", DRAW)
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 50])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_an_epoch_is_every_sample_exactly_once(sizes, batch_size, draw):
+    samples = numbered(SIZES[sizes])
+    batch_at = DRAW[draw](samples, batch_size)
+    width = min(batch_size, max(SIZES[sizes]))
+    batches = [batch_at(step) for step in range(3 * max(SIZES[sizes]))]
+    for node, size in enumerate(SIZES[sizes]):
+        everything = set(drawn(samples, node))
+        length = max(1, -(-size // width))
+        for epoch in range(len(batches) // length):
+            parts = [
+                drawn(batches[epoch * length + turn], node) for turn in range(length)
+            ]
+            assert sorted(chain(*parts)) == sorted(everything)
+            counts = [len(part) for part in parts]
+            assert max(counts) - min(counts) <= 1
+            assert max(counts) <= width
+            assert min(counts) >= min(size, 1)
+
+
+@pytest.mark.parametrize("draw", DRAW)
+def test_labels_travel_with_their_inputs(draw):
+    samples = numbered((3, 8))
+    batch = DRAW[draw](samples, 4)(5)
+    inputs, labels, mask = map(np.asarray, batch)
+    np.testing.assert_array_equal(inputs[..., 0][mask], labels[mask])
+
+
+@pytest.mark.parametrize("draw", DRAW)
+def test_epochs_and_nodes_have_orders_of_their_own(draw):
+    samples = numbered((30, 30))
+    batch_at = DRAW[draw](samples, 30)
+    first, second = batch_at(0), batch_at(1)
+    orders = [drawn(first, 0), drawn(second, 0), [a - 30 for a in drawn(first, 1)]]
+    assert all(sorted(order) == list(range(30)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_a_batch_is_a_function_of_key_and_step():
+    sampler = samplers.minibatches(numbered((9, 14)), 4)
+    step = jnp.array(7)
+    here = sampler(jax.random.key(0), step)
+    chex.assert_trees_all_equal(here, jax.jit(sampler)(jax.random.key(0), step))
+    chex.assert_trees_all_equal(here, sampler(jax.random.key(0), 7))
+    other = sampler(jax.random.key(1), step)
+    assert not jnp.array_equal(here.labels, other.labels)
+
+
+def test_one_trace_serves_all_steps():
+    traced = chex.assert_max_traces(samplers.minibatches(numbered((5, 9)), 2), n=1)
+    sampler = jax.jit(traced)
+    for step in range(4):
+        sampler(jax.random.key(0), jnp.array(step))
+
+
+def test_the_mean_over_an_epoch_of_equal_batches_is_the_full_mean():
+    samples = numbered((12, 12))
+    batch_at = in_graph(samples, 4)
+    means = [jnp.mean(batch_at(step).inputs, (1, 2)) for step in range(3)]
+    full = jnp.mean(samples.inputs, (1, 2))
+    np.testing.assert_allclose(jnp.mean(jnp.array(means), 0), full, rtol=1e-14)
+
+
+def test_a_batch_mean_is_unbiased_for_every_node():
+    samples = numbered((1, 3, 7))
+    sampler = samplers.minibatches(samples, 2)
+    keys = jax.random.split(jax.random.key(3), 4000)
+    batch = jax.jit(jax.vmap(sampler, (0, None)))(keys, 0)
+    masked = jnp.where(batch.mask, batch.inputs[..., 0], 0)
+    means = masked.sum(-1) / batch.mask.sum(-1)
+    truth = [np.mean(drawn(samples, i)) for i in range(3)]
+    error = jnp.std(means, 0) / np.sqrt(4000) + 1e-12
+    assert jnp.all(jnp.abs(means.mean(0) - jnp.array(truth)) < 5 * error)
+
+
+def test_the_levels_are_drawn_independently():
+    one = samplers.minibatches(numbered((20, 20)), 5)
+    sampler = samplers.paired(one, one)
+    batch = sampler(jax.random.key(0), 0)
+    assert isinstance(batch, Batch)
+    assert not jnp.array_equal(batch.upper.labels, batch.lower.labels)
+    samples = numbered((20, 20))
+    host = samplers.host_minibatches(Batch(samples, samples), 5, seed=0)(0)
+    assert not np.array_equal(host.upper.labels, host.lower.labels)
+
+
+def test_inner_rounds_are_fresh_and_pass_through_the_data():
+    samples = numbered((6, 5))
+    one = samplers.minibatches(samples, 2)
+    sampler = jax.jit(samplers.fresh_rounds(samplers.paired(one, one), 3))
+    for step in range(3):
+        rounds = sampler(jax.random.key(0), step)
+        assert rounds.inner.lower.inputs.shape == (3, 2, 2, 1)
+        assert rounds.outer.lower.inputs.shape == (2, 2, 1)
+        for node in range(2):
+            seen = [
+                drawn(jax.tree.map(lambda a: a[k], rounds.inner.lower), node)  # noqa: B023
+                for k in range(3)
+            ]
+            assert sorted(chain(*seen)) == sorted(drawn(samples, node))
+
+
+def test_the_host_twin_is_deterministic_and_leaves_the_global_seed_alone():
+    samples = Batch(numbered((5, 9)), numbered((3, 4)))
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    first = samplers.host_minibatches(samples, 2, seed=4)
+    again = samplers.host_minibatches(samples, 2, seed=4)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(first(0)))
+    for step in (0, 11, 3):
+        chex.assert_trees_all_equal(first(step), again(step))
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+
+
+def test_the_full_batch_is_all_there_is():
+    samples = numbered((2, 3))
+    assert samplers.full_batch(samples)(jax.random.key(0), 5) is samples
+
+
+MESSAGES = {
+    "in graph": (lambda: samplers.minibatches(numbered((2,)), 0), "batch_size=0"),
+    "on host": (lambda: samplers.host_minibatches(numbered((2,)), -1, 0), "size=-1"),
+    "rounds": (lambda: samplers.fresh_rounds(samplers.full_batch(0), 0), "rounds=0"),
+}
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_messages(case):
+    build, words = MESSAGES[case]
+    with pytest.raises(ValueError, match=words):
+        build()
