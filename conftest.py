@@ -25,5 +25,5 @@ def _fresh_trace_counts():
 
 
 @pytest.fixture
-def key():
+def key():  # noqa: D103
     return jax.random.key(7)

@@ -2,8 +2,14 @@
 
 __version__ = "0.1.0"
 
+from dbojax import algorithms as algorithms
 from dbojax import base as base
+from dbojax import channels as channels
+from dbojax import mixing as mixing
+from dbojax import oracles as oracles
+from dbojax import strategies as strategies
 from dbojax import tasks as tasks
+from dbojax import topology as topology
 from dbojax import trees as trees
 from dbojax.base import Algorithm as Algorithm
 from dbojax.base import Batch as Batch

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 Tree = Any  # any pytree of arrays
 State = Any  # a part's memory: a pytree that the part alone understands
@@ -86,10 +87,24 @@ class Problem(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Independent samples for the two levels; leaves have the node axis first."""
+    """Independent samples for the two levels; leaves have the node axis first.
+
+    The upper objective sees ``upper`` alone and the lower one ``lower``. Any other
+    batch goes whole to both.
+    """
 
     upper: Tree
     lower: Tree
+
+
+def by_level(batch: Tree) -> tuple[Tree, Tree]:
+    """What the upper and the lower objective see of a batch.
+
+    Examples:
+        >>> by_level(Batch(upper=1, lower=2)), by_level(3)
+        ((1, 2), (3, 3))
+    """
+    return tuple(batch) if isinstance(batch, Batch) else (batch, batch)
 
 
 class Rounds(NamedTuple):
@@ -135,7 +150,7 @@ class Channel(NamedTuple):
 
     # `known` is common knowledge at the start: a variable's start, zeros for trackers.
     init: Callable[[Tree], State]
-    # send(key, v, state, mask=None) -> (what each node holds afterwards, state, Traffic)
+    # send(key, v, state, mask=None) -> (what each node holds then, state, Traffic)
     send: Callable[..., tuple[Tree, State, Traffic]]
 
 
@@ -187,3 +202,63 @@ class Algorithm(NamedTuple):
 
     init: Callable[[Tree, Tree], State]  # stacked (x, y) -> state
     step: Callable[[jax.Array, State, Tree], tuple[State, Metrics]]
+
+
+_WEIGHT_TOLERANCE = 1e-8
+
+
+def is_connected(adjacency: np.ndarray) -> bool:
+    """Whether every node reaches every other along directed edges."""
+    edges = np.asarray(adjacency) != 0
+
+    def reaches_all(edges):
+        seen = np.zeros(len(edges), bool)
+        seen[:1] = True
+        front = seen
+        while front.any():
+            front = edges[:, front].any(axis=1) & ~seen
+            seen = seen | front
+        return bool(seen.all())
+
+    return reaches_all(edges) and reaches_all(edges.T)
+
+
+def check_mixing_matrix(w: np.ndarray) -> np.ndarray:
+    """Return ``w`` if it is a mixing matrix on a connected graph, else say why not.
+
+    Args:
+        w: candidate ``(n, n)``.
+
+    Returns:
+        The same matrix as float64.
+
+    Raises:
+        ValueError: if ``w`` is not square, finite, non-negative, doubly stochastic and
+            on a connected graph.
+
+    Examples:
+        >>> check_mixing_matrix(np.eye(2))
+        Traceback (most recent call last):
+        ...
+        ValueError: The graph of this mixing matrix is not connected: ...
+    """
+    w = np.asarray(w, dtype=np.float64)
+    if w.ndim != 2 or w.shape[0] != w.shape[1] or not w.size:
+        raise ValueError(f"A mixing matrix is square, (n, n); got shape {w.shape}.")
+    if not np.isfinite(w).all() or w.min() < -_WEIGHT_TOLERANCE:
+        raise ValueError(
+            f"Mixing weights must be finite and not negative; the least is {w.min()}."
+        )
+    worst = max(np.abs(w.sum(axis=axis) - 1).max() for axis in (0, 1))
+    if worst > _WEIGHT_TOLERANCE:
+        raise ValueError(
+            "A mixing matrix must be doubly stochastic, but a row or column sum is "
+            f"off by {worst:.3g}. Build one with `dbo.topology.metropolis(adjacency)`; "
+            "dividing rows by degrees is not enough on an irregular graph."
+        )
+    if not is_connected(w > _WEIGHT_TOLERANCE):
+        raise ValueError(
+            "The graph of this mixing matrix is not connected: some nodes never hear "
+            "of others, so no method can agree. Add edges, or draw another graph."
+        )
+    return w

@@ -1,0 +1,180 @@
+"""An algorithm from an oracle and the phases in which its variables move."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dbojax import trees
+from dbojax.base import (
+    Algorithm,
+    Calls,
+    Consensus,
+    Metrics,
+    Oracle,
+    Problem,
+    Rounds,
+    State,
+    Strategy,
+    Traffic,
+    Tree,
+    by_level,
+)
+
+_LEVELS = ("x", "y", "z")
+
+
+Step = float | jax.Array | optax.Schedule | optax.GradientTransformation
+
+
+def local_step(step: Step) -> optax.GradientTransformation:
+    """A step size or schedule as plain gradient descent; a transform as it is."""
+    if isinstance(step, optax.GradientTransformation):
+        return step
+    return optax.sgd(step)
+
+
+class Phase(NamedTuple):
+    """Some variables move at once along directions taken at the same point.
+
+    A variable whose strategy is None stands still.
+    """
+
+    x: Strategy | None = None
+    y: Strategy | None = None
+    z: Strategy | None = None
+    times: int = 1  # rounds in a row, each with new directions
+    restart: bool = False  # forget the strategies' memories before the first round
+
+    @property
+    def moves(self) -> dict[str, Strategy]:
+        """The strategies that act, by the name of their variable."""
+        return {name: s for name in _LEVELS if (s := getattr(self, name)) is not None}
+
+
+class BilevelState(NamedTuple):
+    """State of a composed algorithm; all leaves but ``step`` are stacked."""
+
+    x: Tree
+    y: Tree
+    z: Tree
+    memory: State  # of the oracle
+    strategies: dict[str, State]
+    step: jax.Array  # steps done, int32
+
+
+def compose(problem: Problem, oracle: Oracle, *phases: Phase) -> Algorithm:
+    """Build an algorithm that runs ``phases`` one after the other in each step.
+
+    Args:
+        problem: objectives of one node, for the reported upper loss.
+        oracle: local directions of x, y and z.
+        phases: who moves when; each of x, y and z appears in exactly one phase.
+
+    Returns:
+        An algorithm on stacked trees. ``step`` takes one stacked batch, or `Rounds`
+        with a fresh batch for each repeated round.
+
+    Raises:
+        ValueError: if a variable moves in no phase or in several, a phase repeats less
+            than once, or (from ``init``) ``x`` and ``y`` have different node counts.
+    """
+    _check_phases(phases)
+
+    def init(x, y):
+        x, y = (jax.tree.map(jnp.asarray, v) for v in (x, y))
+        if trees.num_nodes(x, "x") != trees.num_nodes(y, "y"):
+            raise ValueError(
+                f"`x` holds {trees.num_nodes(x)} nodes on axis 0 and `y` "
+                f"{trees.num_nodes(y)}. Stack both for the same nodes with "
+                "`dbo.replicate(value, n)`."
+            )
+        z, memory = jax.vmap(oracle.init)(x, y)
+        starts = {"x": x, "y": y, "z": z}
+        strategies = {
+            name: strategy.init(starts[name])
+            for phase in phases
+            for name, strategy in phase.moves.items()
+        }
+        return BilevelState(x, y, z, memory, strategies, jnp.zeros((), jnp.int32))
+
+    def step(key, state, batch):
+        traffic, calls, norm = Traffic(), Calls(), None
+        for phase, key_phase in zip(phases, _split(key, len(phases)), strict=True):
+            state, sent, norms = _run_phase(oracle, phase, key_phase, state, batch)
+            traffic += sent * phase.times
+            costs = (oracle.calls[_LEVELS.index(name)] for name in phase.moves)
+            calls += sum(costs, start=Calls()) * phase.times
+            norm = norms if phase.x is not None else norm
+        state = state._replace(step=state.step + 1)
+        return state, _metrics(problem, state, batch, norm, traffic, calls)
+
+    return Algorithm(init, step)
+
+
+def _check_phases(phases):
+    moved = [name for phase in phases for name in phase.moves]
+    if sorted(moved) != list(_LEVELS):
+        raise ValueError(
+            "Each of x, y and z needs a strategy in exactly one phase; these phases "
+            f"move {moved}."
+        )
+    if any(phase.times < 1 for phase in phases):
+        raise ValueError(
+            f"A phase runs at least once, got times={[p.times for p in phases]}."
+        )
+
+
+def _split(key, count):
+    return [jax.random.fold_in(key, index) for index in range(count)]
+
+
+def _run_phase(oracle, phase, key, state, batch):
+    """All rounds of a phase; returns the traffic of one round and the last norm."""
+    if phase.restart:
+        fresh = {n: s.init(getattr(state, n)) for n, s in phase.moves.items()}
+        state = state._replace(strategies=state.strategies | fresh)
+    inner = None
+    if isinstance(batch, Rounds):
+        inner = jax.tree.map(lambda leaf: leaf[: phase.times], batch.inner)
+        batch = batch.outer
+    if phase.times == 1:
+        return _round(oracle, phase, key, state, batch)
+
+    def body(state, per_round):
+        key, fresh = per_round
+        state, *extras = _round(
+            oracle, phase, key, state, batch if fresh is None else fresh
+        )
+        return state, extras
+
+    keys = jax.random.split(key, phase.times)
+    state, (traffic, norms) = jax.lax.scan(body, state, (keys, inner))
+    return state, traffic, norms[-1]
+
+
+def _round(oracle, phase, key, state, batch):
+    """Take directions at the current point and move all variables of the phase."""
+    key_oracle, *key_moves = _split(key, 1 + len(phase.moves))
+    keys = trees.node_keys(key_oracle, trees.num_nodes(state.x, "x"))
+    point = (state.x, state.y, state.z)
+    directions, memory = jax.vmap(oracle.directions)(keys, *point, state.memory, batch)
+    directions = dict(zip(_LEVELS, directions, strict=True))
+    moved, strategies, traffic = {}, dict(state.strategies), Traffic()
+    for (name, strategy), key_move in zip(phase.moves.items(), key_moves, strict=True):
+        moved[name], strategies[name], sent = strategy.update(
+            key_move, getattr(state, name), directions[name], strategies[name]
+        )
+        traffic |= sent
+    state = state._replace(memory=memory, strategies=strategies, **moved)
+    return state, traffic, trees.norm(trees.node_mean(directions["x"]))
+
+
+def _metrics(problem, state, batch, norm, traffic, calls) -> Metrics:
+    batch = batch.outer if isinstance(batch, Rounds) else batch
+    upper = jax.vmap(problem.upper)(state.x, state.y, by_level(batch)[0])
+    errors = (trees.consensus_error(v) for v in (state.x, state.y, state.z))
+    return Metrics(trees.node_mean(upper), norm, Consensus(*errors), traffic, calls)

@@ -1,0 +1,176 @@
+"""Mixing matrices as functions: several forms of the same product, one choice.
+
+All forms compute ``W v`` over the node axis and agree to rounding; :func:`mixer` picks
+the one that was fastest when measured on CPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dbojax import trees
+from dbojax.base import Mix, Tree, check_mixing_matrix
+
+_UNROLLED = 16  # neighbour slots that are written out; more are scanned in chunks
+_CHUNK = 8
+
+
+class _Neighbours(NamedTuple):
+    """Who each node hears, itself included; padded with itself at weight zero."""
+
+    index: np.ndarray  # (n, K)
+    weights: np.ndarray  # (n, K)
+
+
+def _neighbours(w: np.ndarray) -> _Neighbours:
+    heard = (w != 0) | np.eye(len(w), dtype=bool)
+    slots = heard.sum(axis=1).max()
+    # A stable sort puts the heard nodes first, in ascending order.
+    index = np.argsort(~heard, axis=1, kind="stable")[:, :slots]
+    valid = np.take_along_axis(heard, index, axis=1)
+    weights = np.where(valid, np.take_along_axis(w, index, axis=1), 0.0)
+    return _Neighbours(np.where(valid, index, np.arange(len(w))[:, None]), weights)
+
+
+def _links(w: np.ndarray) -> int:
+    return int(np.count_nonzero(w) - np.count_nonzero(np.diag(w)))
+
+
+def _column(weights, leaf):
+    """Weights of one slot, (n,), shaped and typed to multiply ``leaf``, (n, ...)."""
+    return jnp.asarray(weights, leaf.dtype).reshape((-1,) + (1,) * (leaf.ndim - 1))
+
+
+def _mix(n: int, product, table: _Neighbours, links: int) -> Mix:
+    def apply(v: Tree, decode=None) -> Tree:
+        trees.check_nodes(v, n, "v")
+        return jax.tree.map(product, v if decode is None else jax.vmap(decode)(v))
+
+    def exchange(payload):
+        return jax.tree.map(lambda leaf: leaf[table.index], payload)
+
+    return Mix(apply, exchange, jnp.asarray(table.weights), links, jax.vmap)
+
+
+def mixer(w: np.ndarray) -> Mix:
+    r"""Multiply by the mixing matrix in the form that suits its graph.
+
+    .. math:: (W v)_i = \sum_j w_{ij} v_j
+
+    Args:
+        w: doubly stochastic ``(n, n)`` on a connected graph, from ``dbo.topology``.
+
+    Returns:
+        The :func:`averaging` form when all weights are ``1/n``, :func:`shifts` on a
+        ring, :func:`dense` for at most 64 nodes that hear more than a quarter of the
+        others, else :func:`neighbours`.
+
+    Raises:
+        ValueError: if ``w`` is not doubly stochastic or its graph is not connected.
+
+    Examples:
+        >>> mix = mixer(dbo.topology.metropolis(dbo.topology.ring(5)))
+        >>> v = jnp.arange(5.0)
+        >>> bool(jnp.allclose(mix.apply(v).mean(), v.mean())), mix.links
+        (True, 10)
+    """
+    w = check_mixing_matrix(w)
+    n, slots = len(w), _neighbours(w).index.shape[1]
+    if np.allclose(w, 1 / n, rtol=0, atol=1e-12):
+        return averaging(n)
+    if slots <= 3 and _is_circulant(w):
+        return shifts(w)
+    return dense(w) if n <= 64 and slots > n / 4 else neighbours(w)
+
+
+def _is_circulant(w: np.ndarray) -> bool:
+    rows = np.arange(len(w))
+    return np.array_equal(w, w[0][(rows[None] - rows[:, None]) % len(w)])
+
+
+def shifts(w: np.ndarray) -> Mix:
+    """Circulant ``W`` as a weighted sum of rolled arrays.
+
+    Raises:
+        ValueError: if the rows of ``w`` are not shifts of one another.
+    """
+    w = np.asarray(w, dtype=np.float64)
+    if not _is_circulant(w):
+        raise ValueError(
+            "`shifts` needs a circulant matrix (ring, exponential); use "
+            "`dbo.mixing.mixer(w)` for any other graph."
+        )
+    offsets = np.flatnonzero(w[0])
+
+    def product(leaf):
+        return sum(w[0, s].item() * jnp.roll(leaf, -s, axis=0) for s in offsets)
+
+    return _mix(len(w), product, _neighbours(w), _links(w))
+
+
+def neighbours(w: np.ndarray) -> Mix:
+    """Sparse ``W`` as one gather per neighbour slot; up to 16 slots are written out."""
+    w = np.asarray(w, dtype=np.float64)
+    table = _neighbours(w)
+
+    def gathered(leaf, index, weights):
+        slots = range(index.shape[1])
+        return sum(_column(weights[:, k], leaf) * leaf[index[:, k]] for k in slots)
+
+    def chunked(leaf):
+        chunks = -(-table.index.shape[1] // _CHUNK)
+        padding = ((0, 0), (0, chunks * _CHUNK - table.index.shape[1]))
+        index, weights = (
+            np.pad(part, padding).reshape(-1, chunks, _CHUNK).swapaxes(0, 1)
+            for part in table
+        )
+
+        def add(total, chunk):
+            return total + gathered(leaf, *chunk), None
+
+        parts = jnp.asarray(index), jnp.asarray(weights)
+        return jax.lax.scan(add, jnp.zeros_like(leaf), parts)[0]
+
+    def product(leaf):
+        if table.index.shape[1] > _UNROLLED:
+            return chunked(leaf)
+        return gathered(leaf, *table)
+
+    return _mix(len(w), product, table, _links(w))
+
+
+def dense(w: np.ndarray | jax.Array, links: int | None = None) -> Mix:
+    """Any ``W`` as a matrix product; ``w`` may be traced, for sweeps over graphs.
+
+    Args:
+        w: ``(n, n)``, concrete or traced.
+        links: directed edges that carry a message; counted from a concrete ``w``,
+            ``n (n - 1)`` for a traced one.
+    """
+    n = w.shape[0]
+    if isinstance(w, jax.core.Tracer):
+        table = _Neighbours(np.tile(np.arange(n), (n, 1)), w)
+        links = n * (n - 1) if links is None else links
+    else:
+        w = np.asarray(w, dtype=np.float64)
+        table, links = _neighbours(w), _links(w) if links is None else links
+
+    def product(leaf):
+        flat = leaf.reshape(n, -1)
+        mixed = jnp.dot(jnp.asarray(w, leaf.dtype), flat, precision="highest")
+        return mixed.reshape(leaf.shape)
+
+    return _mix(n, product, table, links)
+
+
+def averaging(n: int) -> Mix:
+    """The complete graph with weights ``1/n``: everyone gets the mean at once."""
+
+    def product(leaf):
+        return jnp.broadcast_to(trees.node_mean(leaf)[None], leaf.shape)
+
+    return _mix(n, product, _neighbours(np.full((n, n), 1 / n)), n * (n - 1))

@@ -1,0 +1,121 @@
+"""Local directions of the upper, lower and auxiliary variables at one node."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dbojax.base import Calls, Oracle, Problem, by_level
+
+
+def soba(problem: Problem) -> Oracle:
+    r"""Second-order directions; ``z`` solves the linear system of the hypergradient.
+
+    .. math::
+        d_y = \nabla_y g, \quad d_z = \nabla^2_{yy} g\, z - \nabla_y f, \quad
+        d_x = \nabla_x f - \nabla^2_{xy} g\, z
+
+    One vector-Jacobian product of the lower gradient gives both Hessian products.
+
+    Args:
+        problem: objectives of one node.
+
+    Returns:
+        An oracle whose ``z`` has the structure of ``y`` and starts at zero.
+
+    Examples:
+        >>> sq = lambda v: v @ v
+        >>> p = dbo.Problem(lambda x, y, b: sq(y) / 2, lambda x, y, b: sq(y - x))
+        >>> oracle, x, y = soba(p), jnp.ones(2), jnp.ones(2)
+        >>> z, memory = oracle.init(x, y)
+        >>> (d_x, d_y, d_z), _ = oracle.directions(None, x, y, z, memory, None)
+        >>> d_y.tolist(), d_z.tolist()
+        ([0.0, 0.0], [-1.0, -1.0])
+
+    References:
+        Dagréou, Ablin, Vaiter and Moreau (2022), arXiv:2201.13409; the sign of ``z`` is
+        opposite there.
+    """
+
+    def init(x, y):
+        del x
+        return jax.tree.map(jnp.zeros_like, y), ()
+
+    def directions(key, x, y, z, memory, batch):
+        del key
+        upper_batch, batch = by_level(batch)
+        upper_x, upper_y = jax.grad(problem.upper, (0, 1))(x, y, upper_batch)
+
+        def lower_gradient(x, y):
+            return jax.grad(problem.lower, 1)(x, y, batch)
+
+        d_y, pullback = jax.vjp(lower_gradient, x, y)
+        cross, hessian = pullback(z)
+        d_x = jax.tree.map(jnp.subtract, upper_x, cross)
+        d_z = jax.tree.map(jnp.subtract, hessian, upper_y)
+        return (d_x, d_y, d_z), memory
+
+    one_each = Calls(gradients=1, products=1)
+    return Oracle(init, directions, (one_each, Calls(gradients=1), one_each))
+
+
+def penalty(problem: Problem, weight: float) -> Oracle:
+    r"""First-order directions of the penalised problem; ``z`` is a lower variable too.
+
+    With :math:`\min_x \min_y \max_z f(x, y) + \lambda (g(x, y) - g(x, z))`,
+
+    .. math::
+        d_y = \tfrac1\lambda \nabla_y f(x, y) + \nabla_y g(x, y), \quad
+        d_z = \nabla_y g(x, z), \quad
+        d_x = \nabla_x f(x, y) + \lambda (\nabla_x g(x, y) - \nabla_x g(x, z)).
+
+    Here ``y`` estimates the penalised lower solution and ``z`` the plain one; both are
+    scaled by :math:`1/\lambda` so that one step size suits all ``weight``. The
+    hypergradient is off by :math:`O(1/\lambda)`.
+
+    Args:
+        problem: objectives of one node.
+        weight: lambda > 0; beyond 1000 the difference in ``d_x`` needs float64.
+
+    Returns:
+        An oracle without second derivatives; ``z`` starts at ``y``.
+
+    Raises:
+        ValueError: if ``weight`` is not positive.
+
+    Examples:
+        >>> sq = lambda v: v @ v
+        >>> p = dbo.Problem(lambda x, y, b: sq(y) / 2, lambda x, y, b: sq(y - x))
+        >>> oracle, x, y = penalty(p, 10.0), jnp.ones(2), jnp.ones(2)
+        >>> z, memory = oracle.init(x, y)
+        >>> (d_x, d_y, d_z), _ = oracle.directions(None, x, y, z, memory, None)
+        >>> d_y.tolist(), d_z.tolist()
+        ([0.1, 0.1], [0.0, 0.0])
+
+    References:
+        The split of F²BA, Chen, Ma and Zhang (2023), arXiv:2306.14853.
+    """
+    if isinstance(weight, int | float) and not weight > 0:
+        raise ValueError(f"`penalty` needs a weight lambda > 0, got {weight}.")
+
+    def init(x, y):
+        del x
+        return jax.tree.map(jnp.asarray, y), ()
+
+    def directions(key, x, y, z, memory, batch):
+        del key
+        upper_batch, batch = by_level(batch)
+        upper_x, upper_y = jax.grad(problem.upper, (0, 1))(x, y, upper_batch)
+        lower_x, lower_y = jax.grad(problem.lower, (0, 1))(x, y, batch)
+        plain_x, d_z = jax.grad(problem.lower, (0, 1))(x, z, batch)
+        d_x = jax.tree.map(
+            lambda f, g, p: f + weight * (g - p), upper_x, lower_x, plain_x
+        )
+        d_y = jax.tree.map(lambda f, g: f / weight + g, upper_y, lower_y)
+        return (d_x, d_y, d_z), memory
+
+    return Oracle(
+        init,
+        directions,
+        (Calls(gradients=3), Calls(gradients=2), Calls(gradients=1)),
+    )

@@ -1,0 +1,287 @@
+"""How one decentralised variable moves along local directions and reaches consensus.
+
+Rows are nodes, ``D`` the stacked directions, ``W V`` one exchange over a channel, and
+``-alpha T`` an optax transform that every node applies to its own row of ``T``, e.g.
+``optax.sgd(alpha)``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dbojax import trees
+from dbojax.base import Channel, State, Strategy, Tree
+
+
+def diffusion_cta(
+    channel: Channel, optimizer: optax.GradientTransformation
+) -> Strategy:
+    r"""Combine, then adapt: :math:`V \leftarrow W V - \alpha D`.
+
+    With a constant step it stops :math:`O(\alpha)` away from the optimum when the
+    nodes' directions differ.
+
+    Args:
+        channel: how ``V`` travels.
+        optimizer: local step, e.g. ``optax.sgd(0.1)``.
+
+    Returns:
+        A strategy with one exchange per update.
+
+    Examples:
+        >>> w = dbo.topology.metropolis(dbo.topology.ring(4))
+        >>> channel = dbo.channels.exact(dbo.mixing.mixer(w))
+        >>> move = diffusion_cta(channel, optax.sgd(0.1))
+        >>> v = dbo.replicate(jnp.ones(3), 4)
+        >>> moved, _, _ = move.update(jax.random.key(0), v, v, move.init(v))
+        >>> bool(jnp.allclose(moved, 0.9 * v))
+        True
+
+    References:
+        Chen and Sayed (2012), diffusion adaptation.
+    """
+    return _diffusion(channel, optimizer, adapt_first=False)
+
+
+def diffusion_atc(
+    channel: Channel, optimizer: optax.GradientTransformation
+) -> Strategy:
+    r"""Adapt, then combine: :math:`V \leftarrow W (V - \alpha D)`.
+
+    Args, return value and bias as for :func:`diffusion_cta`.
+    """
+    return _diffusion(channel, optimizer, adapt_first=True)
+
+
+class DiffusionState(NamedTuple):
+    """Memories of the parts."""
+
+    channel: State
+    optimizer: State
+
+
+def _diffusion(channel, optimizer, adapt_first) -> Strategy:
+    def init(v):
+        return DiffusionState(channel.init(v), jax.vmap(optimizer.init)(v))
+
+    def update(key, v, direction, state, mask=None):
+        delta, opt_state = _local_step(optimizer, direction, state.optimizer, v)
+        v = _add(v, delta) if adapt_first else v
+        v, memory, traffic = channel.send(key, v, state.channel, mask)
+        v = v if adapt_first else _add(v, delta)
+        return v, DiffusionState(memory, opt_state), traffic
+
+    return Strategy(init, update)
+
+
+class TrackingState(NamedTuple):
+    """Tracker, the direction it last saw, and the memories of its parts."""
+
+    tracker: Tree  # (n, ...); its node mean equals that of `direction`
+    direction: Tree  # (n, ...)
+    channel: State
+    tracker_channel: State
+    optimizer: State
+
+
+def gradient_tracking(
+    channel: Channel,
+    optimizer: optax.GradientTransformation,
+    tracker_channel: Channel | None = None,
+) -> Strategy:
+    r"""Move along a tracker of the mean direction (DIGing, non-ATC).
+
+    .. math::
+        T \leftarrow W T + D - D^-, \qquad V \leftarrow W V - \alpha T
+
+    The mean of ``T`` equals the mean of ``D`` after every update, whatever the channel
+    compresses, so the nodes agree on the optimum of the average.
+
+    Args:
+        channel: how ``V`` travels.
+        optimizer: local step along ``T``.
+        tracker_channel: how ``T`` travels; default as ``V``.
+
+    Returns:
+        A strategy with two messages in one packet per update; memories start at zero.
+
+    Examples:
+        >>> w = dbo.topology.metropolis(dbo.topology.ring(4))
+        >>> channel = dbo.channels.exact(dbo.mixing.mixer(w))
+        >>> move, key = gradient_tracking(channel, optax.sgd(0.1)), jax.random.key(0)
+        >>> v, d = jnp.zeros((4, 2)), jax.random.normal(key, (4, 2))
+        >>> _, state, _ = move.update(key, v, d, move.init(v))
+        >>> bool(jnp.allclose(dbo.node_mean(state.tracker), dbo.node_mean(d)))
+        True
+
+    References:
+        Nedic, Olshevsky and Shi (2017), DIGing; with reference-point channels the
+        compressed tracking of BEER, Zhao et al. (2022), arXiv:2201.13320.
+    """
+    return _tracking(
+        channel,
+        optimizer,
+        tracker_channel,
+        combine_tracker_last=False,
+        combine_last=False,
+    )
+
+
+def gradient_tracking_semi_atc(
+    channel: Channel,
+    optimizer: optax.GradientTransformation,
+    tracker_channel: Channel | None = None,
+) -> Strategy:
+    r"""Gradient tracking that combines after the step.
+
+    .. math::
+        T \leftarrow W T + D - D^-, \qquad V \leftarrow W (V - \alpha T)
+
+    Args and return value as for :func:`gradient_tracking`.
+    """
+    return _tracking(
+        channel,
+        optimizer,
+        tracker_channel,
+        combine_tracker_last=False,
+        combine_last=True,
+    )
+
+
+def gradient_tracking_atc(
+    channel: Channel,
+    optimizer: optax.GradientTransformation,
+    tracker_channel: Channel | None = None,
+) -> Strategy:
+    r"""Gradient tracking that combines last on both lines (Aug-DGM).
+
+    .. math::
+        T \leftarrow W (T + D - D^-), \qquad V \leftarrow W (V - \alpha T)
+
+    ``V`` leaves only after ``T`` has arrived, so an update takes two rounds. Args and
+    return value as for :func:`gradient_tracking`.
+    """
+    return _tracking(
+        channel,
+        optimizer,
+        tracker_channel,
+        combine_tracker_last=True,
+        combine_last=True,
+    )
+
+
+def _tracking(
+    channel, optimizer, tracker_channel, combine_tracker_last, combine_last
+) -> Strategy:
+    carrier = channel if tracker_channel is None else tracker_channel
+
+    def init(v):
+        zeros = jax.tree.map(jnp.zeros_like, v)
+        opt_state = jax.vmap(optimizer.init)(v)
+        return TrackingState(
+            zeros, zeros, channel.init(v), carrier.init(zeros), opt_state
+        )
+
+    def update(key, v, direction, state, mask=None):
+        key_v, key_tracker = jax.random.split(key)
+        change = jax.tree.map(jnp.subtract, direction, state.direction)
+        tracker = state.tracker
+        tracker = _add(tracker, change) if combine_tracker_last else tracker
+        tracker, carried, sent_tracker = carrier.send(
+            key_tracker, tracker, state.tracker_channel, mask
+        )
+        tracker = tracker if combine_tracker_last else _add(tracker, change)
+        delta, opt_state = _local_step(optimizer, tracker, state.optimizer, v)
+        v = _add(v, delta) if combine_last else v
+        v, memory, sent = channel.send(key_v, v, state.channel, mask)
+        v = v if combine_last else _add(v, delta)
+        # Only the ATC tracker needs the new direction before it can leave; any other
+        # was known one update earlier and shares a packet with V.
+        traffic = sent_tracker + sent if combine_tracker_last else sent_tracker | sent
+        state = TrackingState(tracker, direction, memory, carried, opt_state)
+        return v, state, traffic
+
+    return Strategy(init, update)
+
+
+def allreduce(channel: Channel, optimizer: optax.GradientTransformation) -> Strategy:
+    r"""Average the directions, then step: :math:`V \leftarrow V - \alpha \bar D`.
+
+    Args:
+        channel: one that returns the mean to every node, e.g.
+            ``dbo.channels.exact(dbo.mixing.averaging(n))``; over any other graph the
+            directions are only mixed once and the nodes drift apart.
+        optimizer: local step along the average.
+
+    Returns:
+        A strategy that keeps equal rows equal.
+
+    Examples:
+        >>> mean = dbo.channels.exact(dbo.mixing.averaging(4))
+        >>> move, key = allreduce(mean, optax.sgd(1.0)), jax.random.key(0)
+        >>> v, d = jnp.zeros((4, 2)), jax.random.normal(key, (4, 2))
+        >>> moved, _, _ = move.update(key, v, d, move.init(v))
+        >>> bool(jnp.allclose(moved, -dbo.node_mean(d)[None]))
+        True
+    """
+
+    def init(v):
+        zeros = jax.tree.map(jnp.zeros_like, v)
+        return DiffusionState(channel.init(zeros), jax.vmap(optimizer.init)(v))
+
+    def update(key, v, direction, state, mask=None):
+        trees.check_like(direction, v, "direction", "v")
+        mean, memory, traffic = channel.send(key, direction, state.channel, mask)
+        delta, opt_state = _local_step(optimizer, mean, state.optimizer, v)
+        return _add(v, delta), DiffusionState(memory, opt_state), traffic
+
+    return Strategy(init, update)
+
+
+class AverageState(NamedTuple):
+    """Moving average of the directions, and the memory of the strategy it feeds."""
+
+    average: Tree  # (n, ...)
+    strategy: State
+
+
+def moving_average(strategy: Strategy, weight: float) -> Strategy:
+    r"""Feed a strategy with the average :math:`R \leftarrow (1 - \theta) R + \theta D`.
+
+    Args:
+        strategy: moves along the average.
+        weight: theta in (0, 1]; 1 gives the strategy itself.
+
+    Returns:
+        A strategy with the same messages.
+
+    Raises:
+        ValueError: if ``weight`` is not in (0, 1].
+    """
+    if isinstance(weight, int | float) and not 0 < weight <= 1:
+        raise ValueError(f"`moving_average` needs 0 < weight <= 1, got {weight}.")
+
+    def init(v):
+        return AverageState(jax.tree.map(jnp.zeros_like, v), strategy.init(v))
+
+    def update(key, v, direction, state, mask=None):
+        average = jax.tree.map(
+            lambda r, d: (1 - weight) * r + weight * d, state.average, direction
+        )
+        v, memory, traffic = strategy.update(key, v, average, state.strategy, mask)
+        return v, AverageState(average, memory), traffic
+
+    return Strategy(init, update)
+
+
+def _add(a, b):
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _local_step(optimizer, direction, opt_state, v):
+    trees.check_like(direction, v, "direction", "v")
+    return jax.vmap(optimizer.update)(direction, opt_state, v)

@@ -1,0 +1,178 @@
+"""Channels keep the mean, forget nothing and count the bytes that cross."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+import dbojax as dbo
+
+COMPRESSORS = toys.compressors()
+GRAPHS = toys.graphs()
+LOSSY = {
+    "reference_point": dbo.channels.reference_point,
+    "error_feedback": dbo.channels.error_feedback,
+}
+
+
+def _values(key, n=toys.N):
+    key_a, key_b = jax.random.split(key)
+    return {
+        "a": jax.random.normal(key_a, (n, 7)),
+        "b": jax.random.normal(key_b, (n, 2, 3)),
+    }
+
+
+def _zeros(v):
+    return jax.tree.map(jnp.zeros_like, v)
+
+
+def _close(a, b, atol=1e-12):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
+
+
+def _gossip(channel, v, rounds, key):
+    def one(carry, key):
+        v, state = carry
+        v, state, _ = channel.send(key, v, state)
+        return (v, state), None
+
+    keys = jax.random.split(key, rounds)
+    start = (v, channel.init(_zeros(v)))
+    return jax.jit(lambda s: jax.lax.scan(one, s, keys)[0])(start)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_exact_is_the_matrix(graph, key):
+    w, v = GRAPHS[graph], _values(key)
+    channel = dbo.channels.exact(dbo.mixing.mixer(w), gamma=0.7)
+    held, _, _ = channel.send(key, v, channel.init(v))
+    slow = np.eye(toys.N) + 0.7 * (w - np.eye(toys.N))
+    _close(held, jax.tree.map(lambda a: np.einsum("ij,j...->i...", slow, a), v))
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("graph", ["ring", "exponential"])
+def test_the_mean_is_kept(kind, name, graph, key):
+    channel = LOSSY[kind](dbo.mixing.mixer(GRAPHS[graph]), COMPRESSORS[name], 0.3)
+    v = _values(key)
+    held, _ = _gossip(channel, v, 5, key)
+    assert float(dbo.consensus_error(jax.tree.map(jnp.subtract, held, v))) > 1e-3
+    _close(dbo.node_mean(held), dbo.node_mean(v))
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_the_identity_compressor_is_the_exact_channel(kind, graph, key):
+    mix, v = dbo.mixing.mixer(GRAPHS[graph]), _values(key)
+    lossy = LOSSY[kind](mix, dbo.compressors.identity(), 0.4)
+    _close(
+        _gossip(lossy, v, 6, key)[0],
+        _gossip(dbo.channels.exact(mix, 0.4), v, 6, key)[0],
+    )
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_consensus_is_a_fixed_point(name, key):
+    mix = dbo.mixing.mixer(GRAPHS["ring"])
+    channel = dbo.channels.reference_point(mix, COMPRESSORS[name], 0.3)
+    v = dbo.replicate(jax.tree.map(lambda a: a[0], _values(key)), toys.N)
+    held, _, _ = channel.send(key, v, channel.init(v))
+    _close(held, v)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_reference_points_reach_agreement_on_the_mean(name, key):
+    mix = dbo.mixing.mixer(GRAPHS["erdos_renyi"])
+    gamma = 0.05 if name == "sign" else 0.2
+    channel = dbo.channels.reference_point(mix, COMPRESSORS[name], gamma)
+    v = _values(key)
+    held, _ = _gossip(channel, v, 1500, key)
+    _close(held, dbo.replicate(dbo.node_mean(v), toys.N), atol=1e-6)
+
+
+def test_naive_messages_never_settle(key):
+    mix = dbo.mixing.mixer(GRAPHS["ring"])
+    channel = dbo.channels.error_feedback(mix, dbo.compressors.top_k(0.2), 0.3)
+    held, _ = _gossip(channel, _values(key), 1500, key)
+    assert float(dbo.consensus_error(held)) > 1e-2
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_the_running_sum_is_the_mixed_copies(name, graph, key):
+    w = GRAPHS[graph]
+    channel = dbo.channels.reference_point(dbo.mixing.mixer(w), COMPRESSORS[name], 0.3)
+    v = _values(key)
+    _, state = _gossip(channel, v, 20, key)
+    mixed = jax.tree.map(lambda a: np.einsum("ij,j...->i...", w, a), state.hat)
+    _close(state.mixed_hat, mixed)
+
+
+def test_sparse_messages_are_added_without_a_dense_detour(key):
+    """Both ways of adding give the same numbers; sparse ones only scatter."""
+    mix = dbo.mixing.mixer(GRAPHS["ring"])
+    v = jax.random.normal(key, (toys.N, 200))
+    sparse = dbo.compressors.top_k(2)
+    channel = dbo.channels.reference_point(mix, sparse, 0.3)
+    plain = dbo.channels.reference_point(mix, sparse._replace(add=None), 0.3)
+    _close(_gossip(channel, v, 10, key), _gossip(plain, v, 10, key))
+    text = str(jax.make_jaxpr(channel.send)(key, v, channel.init(v)))
+    assert "scatter-add" in text
+    assert "roll" not in text
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("kind", LOSSY)
+def test_the_meter_counts_the_payload(kind, name, key):
+    mix, v = dbo.mixing.mixer(GRAPHS["star"]), _values(key)
+    channel = LOSSY[kind](mix, COMPRESSORS[name], 0.3)
+    _, _, traffic = channel.send(key, v, channel.init(v))
+    row = jax.tree.map(lambda a: a[0], v)
+    state = COMPRESSORS[name].init(row)
+    payload, _ = COMPRESSORS[name].compress(key, row, state)
+    message = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(payload))
+    assert traffic == dbo.Traffic(message, message * 2 * (toys.N - 1), 1)
+
+
+def test_dense_messages_count_their_own_bytes(key):
+    channel = dbo.channels.exact(dbo.mixing.mixer(GRAPHS["ring"]))
+    v = _values(key)
+    traffic = channel.send(key, v, channel.init(v))[2]
+    assert traffic == dbo.Traffic(8 * 13, 8 * 13 * 2 * toys.N, 1)
+
+
+def test_traffic_adds_up():
+    one = dbo.Traffic(message=3, total=30, rounds=1)
+    assert one | one == dbo.Traffic(6, 60, 1)
+    assert one + one == one * 2 == dbo.Traffic(6, 60, 2)
+    assert jax.tree.leaves(one) == []
+    huge = dbo.Traffic(10**30, 10**31, 10**12)
+    assert jax.jit(lambda t: t + t)(huge) == huge * 2
+
+
+def test_node_keys_depend_on_the_node_alone(key):
+    few, many = dbo.trees.node_keys(key, 3), dbo.trees.node_keys(key, 8)
+    np.testing.assert_array_equal(
+        jax.random.key_data(few), jax.random.key_data(many)[:3]
+    )
+
+
+def test_bad_settings_say_what_to_write(key):
+    mix = dbo.mixing.mixer(GRAPHS["ring"])
+    top = dbo.compressors.top_k(2)
+    with pytest.raises(ValueError, match="0 < gamma <= 1, got 0"):
+        dbo.channels.exact(mix, gamma=0)
+    with pytest.raises(ValueError, match=r"0 < gamma <= 1, got 1.5"):
+        dbo.channels.reference_point(mix, top, gamma=1.5)
+    with pytest.raises(ValueError, match=r"dbo\.compressors\.scaled"):
+        dbo.channels.reference_point(mix, dbo.compressors.random_k(2), gamma=0.1)
+    with pytest.raises(ValueError, match=r"dbo\.compressors\.scaled"):
+        dbo.channels.error_feedback(mix, dbo.compressors.qsgd(4), gamma=0.1)
+    channel = dbo.channels.exact(mix)
+    with pytest.raises(ValueError, match="holds 5 nodes on axis 0, but"):
+        channel.init(jnp.ones((5, 2)))
+    with pytest.raises(ValueError, match="takes no mask"):
+        channel.send(key, jnp.ones((toys.N, 2)), (), mask=jnp.ones((toys.N, 1)))

@@ -1,0 +1,173 @@
+"""Strategies: who reaches the optimum of the average, and who stops short."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toys
+
+import dbojax as dbo
+
+STRATEGIES = toys.strategies()
+GRAPHS = toys.graphs()
+TRACKING = ["tracking", "tracking_semi_atc", "tracking_atc"]
+STEP = 0.1
+
+
+def _targets(n=toys.N):
+    return 3 * jax.random.normal(jax.random.key(5), (n, 4))
+
+
+def _descend(strategy, targets, steps, channel_key=0):
+    """Follow D = V - b_i from a common start of zero."""
+
+    def step(carry, key):
+        v, state = carry
+        v, state, _ = strategy.update(key, v, v - targets, state)
+        return (v, state), None
+
+    start = jnp.zeros_like(targets)
+    keys = jax.random.split(jax.random.key(channel_key), steps)
+    carry = (start, strategy.init(start))
+    return jax.jit(lambda c: jax.lax.scan(step, c, keys)[0])(carry)
+
+
+def _exact(graph="ring"):
+    return dbo.channels.exact(dbo.mixing.mixer(GRAPHS[graph]))
+
+
+def _slow(name, w, targets, steps):
+    """The update lines of the methods, with W as a matrix."""
+    v, tracker, last = (np.zeros(targets.shape) for _ in range(3))
+    r = np.zeros(targets.shape)
+    for _ in range(steps):
+        d = v - targets
+        if name == "moving_average":
+            r = 0.5 * r + 0.5 * d
+            d = r
+        change, last = d - last, d
+        if name == "diffusion_cta":
+            v = w @ v - STEP * d
+        elif name == "diffusion_atc":
+            v = w @ (v - STEP * d)
+        elif name == "allreduce":
+            v = v - STEP * w @ d
+        elif name == "tracking_atc":
+            tracker = w @ (tracker + change)
+            v = w @ (v - STEP * tracker)
+        else:
+            tracker = w @ tracker + change
+            semi = name == "tracking_semi_atc"
+            v = w @ (v - STEP * tracker) if semi else w @ v - STEP * tracker
+    return v
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_update_lines(name, graph):
+    targets = _targets()
+    strategy = STRATEGIES[name](_exact(graph), optax.sgd(STEP))
+    v, _ = _descend(strategy, targets, 5)
+    slow = _slow(name, GRAPHS[graph], np.asarray(targets), 5)
+    np.testing.assert_allclose(v, slow, atol=1e-13)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("name", TRACKING)
+def test_tracking_reaches_the_mean(name, graph):
+    targets = _targets()
+    v, _ = _descend(STRATEGIES[name](_exact(graph), optax.sgd(STEP)), targets, 600)
+    mean = jnp.broadcast_to(targets.mean(0)[None], targets.shape)
+    np.testing.assert_allclose(v, mean, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["diffusion_cta", "diffusion_atc"])
+def test_diffusion_stops_in_proportion_to_its_step(name):
+    targets = _targets()
+    errors = []
+    for step in (0.02, 0.01):
+        strategy = STRATEGIES[name](_exact(), optax.sgd(step))
+        v, _ = _descend(strategy, targets, 4000)
+        errors.append(float(jnp.linalg.norm(v - targets.mean(0)[None])))
+    assert errors[1] > 1e-2
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize("name", TRACKING)
+@pytest.mark.parametrize("compressor", toys.compressors())
+def test_the_trackers_mean_is_the_directions_mean(name, compressor):
+    targets = _targets()
+    channel = dbo.channels.reference_point(
+        dbo.mixing.mixer(GRAPHS["ring"]), toys.compressors()[compressor], 0.2
+    )
+    for steps in (1, 7):
+        _, state = _descend(STRATEGIES[name](channel, optax.sgd(STEP)), targets, steps)
+        np.testing.assert_allclose(
+            state.tracker.mean(0), state.direction.mean(0), atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("n", [1, toys.N])
+def test_one_node_and_full_averaging_are_plain_descent(name, n):
+    targets = _targets(n)
+    channel = dbo.channels.exact(dbo.mixing.averaging(n))
+    v, _ = _descend(STRATEGIES[name](channel, optax.sgd(STEP)), targets, 9)
+    central, r = np.zeros(4), np.zeros(4)
+    for _ in range(9):
+        d = central - np.asarray(targets).mean(0)
+        r = 0.5 * r + 0.5 * d if name == "moving_average" else d
+        central = central - STEP * r
+    np.testing.assert_allclose(v.mean(0), central, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_any_optax_transform_makes_the_local_step(name):
+    """Adam on every node by itself, on trees, with a schedule."""
+    n = toys.N
+    tx = optax.adam(optax.exponential_decay(0.1, 10, 0.9))
+    move = STRATEGIES[name](_exact(), tx)
+    v = {"a": jnp.ones((n, 3)), "b": jnp.arange(n * 2.0).reshape(n, 2)}
+    moved, state, _ = move.update(jax.random.key(0), v, v, move.init(v))
+    again, _, _ = move.update(jax.random.key(0), moved, v, state)
+    assert jax.tree.structure(again) == jax.tree.structure(v)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(again))
+    assert not np.allclose(moved["a"], again["a"])
+
+
+def test_trackers_can_travel_on_another_channel():
+    targets = _targets()
+    mix = dbo.mixing.mixer(GRAPHS["ring"])
+    values = dbo.channels.reference_point(mix, dbo.compressors.top_k(2), 0.3)
+    move = dbo.strategies.gradient_tracking(values, optax.sgd(STEP), _exact())
+    start = jnp.zeros_like(targets)
+    _, _, traffic = move.update(jax.random.key(0), start, targets, move.init(start))
+    assert traffic.message == 2 * (8 + 1) + 4 * 8
+    v, _ = _descend(move, targets, 800)
+    np.testing.assert_allclose(v, jnp.broadcast_to(targets.mean(0), v.shape), atol=1e-9)
+
+
+ROUNDS = {"tracking": 1, "tracking_semi_atc": 1, "tracking_atc": 2, "diffusion_cta": 1}
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_rounds_count_what_must_wait(name):
+    targets = _targets()
+    move = STRATEGIES[name](_exact(), optax.sgd(STEP))
+    traffic = move.update(jax.random.key(0), targets, targets, move.init(targets))[2]
+    messages = 1 if name == "diffusion_cta" else 2
+    assert traffic.rounds == ROUNDS[name]
+    assert traffic.message == messages * 4 * 8
+
+
+def test_bad_input_says_what_to_write():
+    move = dbo.strategies.gradient_tracking(_exact(), optax.sgd(STEP))
+    v = {"a": jnp.ones((toys.N, 2))}
+    with pytest.raises(ValueError, match="structure of `v`"):
+        move.update(jax.random.key(0), v, v["a"], move.init(v))
+    wrong = {"a": jnp.ones((toys.N, 3))}
+    with pytest.raises(ValueError, match="shapes of `v`"):
+        move.update(jax.random.key(0), v, wrong, move.init(v))
+    with pytest.raises(ValueError, match="0 < weight <= 1, got 0"):
+        dbo.strategies.moving_average(move, 0)
