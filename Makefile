@@ -1,0 +1,23 @@
+# Every target brings its own environment (.venv) where one is needed.
+PYTHON ?= python3
+ENV = $(PYTHON) benchmarks/environment.py
+
+.PHONY: demo test lint notebooks bench
+
+demo:
+	$(PYTHON) benchmarks/demo.py
+
+test:
+	$(PYTHON) tests/run.py
+
+lint:
+	python=$$($(ENV) dev) && \
+	$$python -m ruff check . && \
+	$$python -m ruff format --check . && \
+	$$python -m pyright --pythonpath $$python
+
+notebooks:
+	python=$$($(ENV) test) && $$python -m pytest -q --nbmake notebooks/*.ipynb
+
+bench:
+	$(PYTHON) benchmarks/compare.py

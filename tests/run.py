@@ -1,0 +1,28 @@
+"""Run all tests from a bare checkout: `python3 tests/run.py [pytest's options]`.
+
+Brings its own environment, see `benchmarks/environment.py`. Tests, and doctests of the
+package and of the README, run with `pytest`, notebooks with `nbmake`.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(options):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from environment import ensure
+
+    ensure(["test"])
+    pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", *options]
+    failed = subprocess.call(pytest, cwd=ROOT)
+    notebooks = sorted(str(path) for path in (ROOT / "notebooks").glob("*.ipynb"))
+    if notebooks and not options:
+        failed |= subprocess.call([*pytest, "--nbmake", *notebooks], cwd=ROOT)
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
