@@ -69,6 +69,7 @@ def _diffusion(channel, optimizer, adapt_first) -> Strategy:
         return DiffusionState(channel.init(v), jax.vmap(optimizer.init)(v))
 
     def update(key, v, direction, state, mask=None):
+        trees.check_like(direction, v, "direction", "v")
         delta, opt_state = _local_step(optimizer, direction, state.optimizer, v)
         v = _add(v, delta) if adapt_first else v
         v, memory, traffic = channel.send(key, v, state.channel, mask)
@@ -187,6 +188,7 @@ def _tracking(
         )
 
     def update(key, v, direction, state, mask=None):
+        trees.check_like(direction, v, "direction", "v")
         key_v, key_tracker = jax.random.split(key)
         change = jax.tree.map(jnp.subtract, direction, state.direction)
         tracker = state.tracker
@@ -269,6 +271,7 @@ def moving_average(strategy: Strategy, weight: float) -> Strategy:
         return AverageState(jax.tree.map(jnp.zeros_like, v), strategy.init(v))
 
     def update(key, v, direction, state, mask=None):
+        trees.check_like(direction, v, "direction", "v")
         average = jax.tree.map(
             lambda r, d: (1 - weight) * r + weight * d, state.average, direction
         )
@@ -283,5 +286,4 @@ def _add(a, b):
 
 
 def _local_step(optimizer, direction, opt_state, v):
-    trees.check_like(direction, v, "direction", "v")
     return jax.vmap(optimizer.update)(direction, opt_state, v)

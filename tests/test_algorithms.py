@@ -129,8 +129,8 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_complete_graph_is_the_centralised_method(name):
-    """Averaging at once keeps the node means those of one node with the mean data."""
-    task = toys.task()
+    """With equal curvature, node means are the iterates of one node with mean data."""
+    task = dbo.tasks.with_equal_curvature(toys.task())
     wide = METHODS[name](task, dbo.channels.exact(dbo.mixing.averaging(toys.N)))
     mean = jax.tree.map(lambda leaf: leaf.mean(0, keepdims=True), task.batch)
     single = task._replace(n=1, batch=mean)
