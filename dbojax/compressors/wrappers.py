@@ -1,0 +1,171 @@
+"""Compressors made of compressors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dbojax import trees
+from dbojax.base import Compressor
+from dbojax.compressors.lift import on_trees
+
+
+class Shrunk(NamedTuple):
+    """The law ``1 / (1 + omega)``, and the unbiased compressor that it came from."""
+
+    unbiased: Compressor
+
+    def __call__(self, d: int) -> float:  # noqa: D102
+        return 1 / (1 + self.unbiased.omega(d))  # pyright: ignore
+
+
+def scaled(compressor: Compressor) -> Compressor:
+    r"""Divide an unbiased compressor by ``1 + omega``: a contraction; twice: undo it.
+
+    .. math::
+        C'(v) = \frac{C(v)}{1 + \omega}, \qquad
+        E\|C'(v) - v\|^2 \le \Bigl(1 - \frac{1}{1 + \omega}\Bigr) \|v\|^2,
+
+    since :math:`E\|C(v)\|^2 \le (1 + \omega)\|v\|^2` and :math:`E\,C(v) = v`. The
+    message stays as it is; the receiver divides.
+
+    Args:
+        compressor: an unbiased one (with ``omega``), or one that ``scaled`` made.
+
+    Returns:
+        A contraction with ``delta = 1 / (1 + omega)``; for a compressor that ``scaled``
+        made, the unbiased one that it was made from.
+
+    Raises:
+        ValueError: if the compressor is biased otherwise, as :func:`top_k` and
+            :func:`sign` are: no factor makes those unbiased.
+
+    Examples:
+        >>> c = dbo.compressors.random_k(0.25)
+        >>> scaled(c).delta(100), scaled(scaled(c)) is c
+        (0.25, True)
+    """
+    if isinstance(compressor.delta, Shrunk):
+        return compressor.delta.unbiased
+    omega = compressor.omega
+    if omega is None:
+        raise ValueError(
+            "`scaled` needs an unbiased compressor (one with `omega`, e.g. "
+            "`random_k(0.1)` or `qsgd(7)`) or one that `scaled` made; got a biased "
+            "one, which no factor makes unbiased. Use it as it is."
+        )
+
+    def decompress(payload, like):
+        factor = 1 + omega(trees.size(like))
+        return jax.tree.map(lambda a: a / factor, compressor.decompress(payload, like))
+
+    def add(payload, scale, into):
+        return compressor.add(  # pyright: ignore
+            payload, scale / (1 + omega(trees.size(into))), into
+        )
+
+    return compressor._replace(
+        decompress=decompress,
+        add=add if compressor.add else None,
+        delta=Shrunk(compressor),
+        omega=None,
+    )
+
+
+def composed(sparsifier: Compressor, quantiser: Compressor) -> Compressor:
+    r"""Choose entries with one compressor, then compress their values with another.
+
+    ``composed(top_k(0.1), scaled(qsgd(7)))`` keeps a tenth of the entries, in four bits
+    each. The quantiser's law enters at the number ``k`` of kept values. If the
+    sparsifier keeps entries unchanged, :math:`S(v) = P v`, then the two errors are
+    orthogonal and
+
+    .. math::
+        E\|C(v) - v\|^2 \le \|v\|^2 - \delta_2 E\|Pv\|^2
+        \le (1 - \delta_1(d)\, \delta_2(k)) \|v\|^2.
+
+    If both are unbiased, :math:`E\|C(v)\|^2 \le (1 + \omega_2) E\|S(v)\|^2` gives
+
+    .. math:: \omega(d) = (1 + \omega_1(d))(1 + \omega_2(k)) - 1.
+
+    A biased sparsifier with an unbiased quantiser has neither law: scale the quantiser.
+
+    Args:
+        sparsifier: one whose payload has a field ``values``, as those of this package;
+            if contractive, it must keep chosen entries unchanged, as :func:`top_k`,
+            :func:`block_top_k` and ``scaled(random_k(k))`` do.
+        quantiser: acts on the kept values.
+
+    Returns:
+        A compressor whose payload is the sparsifier's, with ``values`` replaced by the
+        quantiser's payload.
+
+    Raises:
+        ValueError: at trace time, if the sparsifier's payload has no ``values``.
+
+    Examples:
+        >>> top, half = dbo.compressors.top_k(2), dbo.compressors.cast(jnp.float16)
+        >>> c, v = composed(top, half), jnp.array([1.0, -5.0, 2.0, 4.0])
+        >>> payload, _ = c.compress(jax.random.key(0), v, c.init(v))
+        >>> payload.values.dtype, c.decompress(payload, v).tolist()
+        (dtype('uint16'), [0.0, -5.0, 0.0, 4.0])
+    """
+
+    def kept(like):
+        """Shape and dtype of the values that the sparsifier keeps."""
+
+        def values(v):
+            payload, _ = sparsifier.compress(jax.random.key(0), v, sparsifier.init(v))
+            if "values" not in getattr(payload, "_fields", ()):
+                raise ValueError(
+                    "`composed(sparsifier, quantiser)` needs a sparsifier whose "
+                    f"payload has a field `values`, got {type(payload).__name__}. "
+                    "Write the sparsifier first, e.g. `composed(top_k(0.1), sign())`."
+                )
+            return payload.values
+
+        return jax.eval_shape(values, like)
+
+    def init(v):
+        like = kept(v)
+        return sparsifier.init(v), quantiser.init(jnp.zeros(like.shape, like.dtype))
+
+    def compress(key, v, state):
+        kept(v)
+        keys = (None, None) if key is None else jax.random.split(key)
+        payload, first = sparsifier.compress(keys[0], v, state[0])
+        values, second = quantiser.compress(keys[1], payload.values, state[1])
+        return payload._replace(values=values), (first, second)
+
+    def opened(payload, like):
+        return payload._replace(values=quantiser.decompress(payload.values, kept(like)))
+
+    def decompress(payload, like):
+        return sparsifier.decompress(opened(payload, like), like)
+
+    def add(payload, scale, into):
+        return sparsifier.add(opened(payload, into), scale, into)  # pyright: ignore
+
+    def at_both(first, second, join):
+        if first is None or second is None:
+            return None
+
+        def law(d):
+            k = kept(jax.ShapeDtypeStruct((d,), jnp.float32)).size
+            return join(first(d), second(k))
+
+        return law
+
+    both = Compressor(
+        init=init,
+        compress=compress,
+        decompress=decompress,
+        add=add if sparsifier.add else None,
+        delta=at_both(sparsifier.delta, quantiser.delta, lambda a, b: a * b),
+        omega=at_both(
+            sparsifier.omega, quantiser.omega, lambda a, b: (1 + a) * (1 + b) - 1
+        ),
+    )
+    return on_trees(both)
