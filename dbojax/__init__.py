@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from dbojax import base as base
+from dbojax import runner as runner
 from dbojax import trees as trees
 from dbojax.base import Algorithm as Algorithm
 from dbojax.base import Batch as Batch
@@ -17,6 +18,13 @@ from dbojax.base import Problem as Problem
 from dbojax.base import Rounds as Rounds
 from dbojax.base import Strategy as Strategy
 from dbojax.base import Traffic as Traffic
+from dbojax.runner import DivergedError as DivergedError
+from dbojax.runner import History as History
+from dbojax.runner import checkpoints as checkpoints
+from dbojax.runner import from_host as from_host
+from dbojax.runner import run as run
+from dbojax.runner import sweep as sweep
+from dbojax.runner import vmapped as vmapped
 from dbojax.trees import consensus_error as consensus_error
 from dbojax.trees import node_mean as node_mean
 from dbojax.trees import replicate as replicate
