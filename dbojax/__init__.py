@@ -8,6 +8,7 @@ from dbojax import channels as channels
 from dbojax import compressors as compressors
 from dbojax import mixing as mixing
 from dbojax import oracles as oracles
+from dbojax import runner as runner
 from dbojax import strategies as strategies
 from dbojax import tasks as tasks
 from dbojax import topology as topology
@@ -25,6 +26,13 @@ from dbojax.base import Problem as Problem
 from dbojax.base import Rounds as Rounds
 from dbojax.base import Strategy as Strategy
 from dbojax.base import Traffic as Traffic
+from dbojax.runner import DivergedError as DivergedError
+from dbojax.runner import History as History
+from dbojax.runner import checkpoints as checkpoints
+from dbojax.runner import from_host as from_host
+from dbojax.runner import run as run
+from dbojax.runner import sweep as sweep
+from dbojax.runner import vmapped as vmapped
 from dbojax.trees import consensus_error as consensus_error
 from dbojax.trees import node_mean as node_mean
 from dbojax.trees import replicate as replicate

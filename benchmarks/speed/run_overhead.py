@@ -1,0 +1,142 @@
+"""What `dbo.run` costs beside one bare compiled scan of the same steps.
+
+    python benchmarks/speed/run_overhead.py
+
+Both sides do the same steps with the same keys and the same metrics; the bare scan is
+one donated program over all steps, the run is cut into chunks of `every`. They take
+turns, each is blocked on the device, and compile time is apart: the run's own record of
+it is taken off its wall clock, so that checks, copies and history are all paid for.
+"""
+
+import argparse
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dbojax as dbo
+from dbojax.base import Consensus
+
+
+def quadratic(w: jax.Array, d: int, rounds: int) -> dbo.Algorithm:
+    """Noisy gossip-gradient steps, `rounds` on y and one on x."""
+
+    def init(x, y):
+        return {"x": x, "y": y}
+
+    def step(key, state, batch):
+        x, y = state["x"], state["y"]
+        noise = 0.01 * jax.random.normal(key, y.shape)
+
+        def one(y, _):
+            return w @ y - 0.1 * (y @ batch["a"] - x + noise), None
+
+        y, _ = jax.lax.scan(one, y, None, length=rounds)
+        direction = 0.1 * x + y - batch["target"]
+        x = w @ x - 0.05 * direction
+        metrics = dbo.Metrics(
+            upper=0.5 * jnp.mean(jnp.sum((y - batch["target"]) ** 2, axis=1)),
+            hypergrad_norm=jnp.linalg.norm(dbo.node_mean(direction)),
+            consensus=Consensus(
+                dbo.consensus_error(x), dbo.consensus_error(y), jnp.zeros(())
+            ),
+            traffic=dbo.Traffic(message=4 * d, total=4 * d * 2 * len(x), rounds=1),
+            calls=dbo.Calls(gradients=rounds + 1),
+        )
+        return {"x": x, "y": y}, metrics
+
+    return dbo.Algorithm(init, step)
+
+
+def task(n: int, d: int, rounds: int):
+    rng = np.random.default_rng(0)
+    w = np.eye(n) / 2 + (np.roll(np.eye(n), 1, 0) + np.roll(np.eye(n), -1, 0)) / 4
+    a = np.eye(d) + np.diag(rng.uniform(0, 1, d))
+    batch = {"a": a.astype("f"), "target": rng.normal(size=(n, d)).astype("f")}
+    method = quadratic(jnp.asarray(w, jnp.float32), d, rounds)
+    return method, method.init(jnp.zeros((n, d)), jnp.zeros((n, d))), batch
+
+
+def bare(method, state, batch, key, steps: int):
+    """The floor: one donated scan, compiled beforehand."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def program(state, batch, key):
+        step_key, _ = jax.random.split(key)
+
+        def body(state, t):
+            return method.step(jax.random.fold_in(step_key, t), state, batch)
+
+        return jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.int32))
+
+    batch = jax.tree.map(jnp.asarray, batch)
+    compiled = program.lower(state, batch, key).compile()
+
+    def once():
+        own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+        start = time.perf_counter()
+        out = jax.block_until_ready(compiled(own, batch, key))
+        return time.perf_counter() - start, out
+
+    return once
+
+
+def chunked(method, state, batch, key, steps: int, every: int):
+    def once():
+        start = time.perf_counter()
+        final, history = dbo.run(method, key, state, batch, steps, every=every)
+        wall = time.perf_counter() - start
+        chunks = history["seconds"][-1]
+        return wall - history.compile_seconds, (final, history), chunks
+
+    return once
+
+
+def quartiles(values) -> str:
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nodes", type=int, default=16)
+    parser.add_argument("--dim", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+
+    key = jax.random.key(0)
+    method, state, batch = task(args.nodes, args.dim, args.rounds)
+    floor = bare(method, state, batch, key, args.steps)
+    ours = chunked(method, state, batch, key, args.steps, args.every)
+    floor(), ours()
+    floors, walls, inside, compiles = [], [], [], []
+    for _ in range(args.repeats):
+        seconds, (expected, _) = floor()
+        floors.append(seconds)
+        seconds, (final, history), chunks = ours()
+        walls.append(seconds)
+        inside.append(chunks)
+        compiles.append(history.compile_seconds)
+    gap = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), final, expected)
+
+    device = jax.devices()[0]
+    print(f"device {device.device_kind} ({device.platform}), jax {jax.__version__}")
+    print(f"numpy {np.__version__}, dbojax {dbo.__version__}")
+    print(f"{args.steps} steps, every={args.every}, {args.repeats} repeats, {args}")
+    print(f"largest gap of the final states: {max(jax.tree.leaves(gap)):.1e}")
+    micro = 1e6 / args.steps
+    print(f"bare scan, us/step:           {quartiles(np.array(floors) * micro)}")
+    print(f"run, wall - compile, us/step: {quartiles(np.array(walls) * micro)}")
+    print(f"run, its programs, us/step:   {quartiles(np.array(inside) * micro)}")
+    print(f"run, compile, s:              {quartiles(compiles)}")
+    print(f"ratio run / bare scan:        {quartiles(np.divide(walls, floors))}")
+    print(f"ratio programs / bare scan:   {quartiles(np.divide(inside, floors))}")
+
+
+if __name__ == "__main__":
+    main()
