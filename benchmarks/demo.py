@@ -1,0 +1,218 @@
+"""Ten nodes with private, unlike data learn over a ring: what does each byte buy?
+
+    python benchmarks/demo.py           # table, CSV and PNG in a few minutes
+    python benchmarks/demo.py --tune    # the grid from which STEPS was taken
+
+Coefficient tuning on scikit-learn's digits: x holds one regularisation coefficient per
+pixel, y a linear classifier; 80 % of a node's samples come from a single class.
+"""
+
+from environment import ensure
+
+ensure(["tasks", "run", "plots"])
+
+import argparse  # noqa: E402
+import functools  # noqa: E402
+import itertools  # noqa: E402
+import platform  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+import dbojax as dbo  # noqa: E402
+
+NODES, HETEROGENEITY = 10, 0.8
+UPPER_STEPS, LOWER_STEPS = (1.0, 10.0, 100.0, 1000.0), (0.03, 0.1, 0.3, 1.0, 3.0)
+TUNING_SEED = 100  # a split of the data that the table never sees
+
+
+def shards(seed):
+    """Digits dealt out to the nodes, another way for every seed."""
+    data = dbo.tasks.data
+    deal = functools.partial(data.split_by_label, h=HETEROGENEITY)
+    return data.distribute(data.digits(), n=NODES, deal=deal, seed=seed)
+
+
+def methods(problem):
+    """Label -> factory of (upper_step, lower_step); nothing else is tuned."""
+    mix = dbo.mixing.mixer(dbo.topology.metropolis(dbo.topology.ring(NODES)))
+    top = dbo.compressors.top_k(0.2)
+    qsgd = dbo.compressors.scaled(dbo.compressors.qsgd(7))
+
+    def c2dfb(inner):
+        return lambda upper, lower: dbo.algorithms.c2dfb(
+            problem,
+            outer=dbo.channels.exact(mix, gamma=0.6),
+            inner=inner,
+            penalty=10.0,
+            inner_steps=10,
+            upper_step=upper,
+            lower_step=lower,
+        )
+
+    def ma_dsbo(upper, lower):
+        return dbo.algorithms.ma_dsbo(
+            problem,
+            channel=dbo.channels.exact(mix),
+            upper_step=upper,
+            lower_step=lower,
+            linear_step=lower,
+            lower_steps=10,
+            linear_steps=10,
+        )
+
+    return {
+        "C²DFB, top 20 %": c2dfb(dbo.channels.reference_point(mix, top, 0.3)),
+        "C²DFB, QSGD 4 bit": c2dfb(dbo.channels.reference_point(mix, qsgd, 0.3)),
+        "C²DFB, dense": c2dfb(dbo.channels.exact(mix, 0.6)),
+        "C²DFB(nc), top 20 %": c2dfb(dbo.channels.error_feedback(mix, top, 0.3)),
+        "MA-DSBO, dense": ma_dsbo,
+    }
+
+
+# (upper_step, lower_step) of least final validation loss in the grid of `--tune`.
+STEPS = {
+    "C²DFB, top 20 %": (10.0, 1.0),
+    "C²DFB, QSGD 4 bit": (10.0, 1.0),
+    "C²DFB, dense": (10.0, 1.0),
+    "C²DFB(nc), top 20 %": (10.0, 1.0),
+    "MA-DSBO, dense": (100.0, 0.1),
+}
+
+
+def stacked(tree, runs):
+    """The same start for every node of every run."""
+    return jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (runs, NODES, *leaf.shape)), tree
+    )
+
+
+def compare(steps, seeds):
+    """History of every method; each column has one entry per seed."""
+    tasks = [dbo.tasks.coefficient_tuning(shards(seed)) for seed in range(seeds)]
+    first = tasks[0]
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(t.batch for t in tasks))
+    start = stacked(first.x0, seeds), stacked(first.y0, seeds)
+
+    def evaluate(state):
+        rows = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(seeds)]
+        scores = [t.evaluate(row) for t, row in zip(tasks, rows, strict=True)]
+        return {name: np.array([s[name] for s in scores]) for name in scores[0]}
+
+    histories = {}
+    for label, make in methods(first.problem).items():
+        method = dbo.vmapped(make(*STEPS[label]), seeds)
+        _, histories[label] = dbo.run(
+            method,
+            jax.random.key(0),
+            method.init(*start),
+            batch,
+            steps,
+            evaluate=evaluate,
+            every=2,
+            stop_on_nonfinite=False,
+        )
+        print(f"  {label}: {histories[label]['seconds'][-1]:.1f} s", flush=True)
+    return histories
+
+
+def tune(steps):
+    """Final validation loss on one more split, for the same grid of every method."""
+    task = dbo.tasks.coefficient_tuning(shards(TUNING_SEED))
+    grid = list(itertools.product(UPPER_STEPS, LOWER_STEPS))
+    for label, make in methods(task.problem).items():
+        build = lambda row, make=make: make(row[0], row[1])  # noqa: E731
+        method = dbo.sweep(build, jnp.array(grid), batch_axis=None)
+        state = method.init(stacked(task.x0, len(grid)), stacked(task.y0, len(grid)))
+        state, _ = dbo.run(
+            method,
+            jax.random.key(0),
+            state,
+            task.batch,
+            steps,
+            every=steps,
+            stop_on_nonfinite=False,
+        )
+        losses = np.asarray(jax.vmap(task.evaluate)(state)["validation_loss"])
+        best = grid[int(np.nanargmin(losses))]
+        print(f"{label}: best {best}")
+        for settings, loss in zip(grid, losses, strict=True):
+            print(f"    upper {settings[0]:g}, lower {settings[1]:g}: {loss:.4f}")
+
+
+def table(histories):
+    """Cost to a common accuracy, and where each method ends; a line per method."""
+    dense = [h for label, h in histories.items() if "dense" in label]
+    finals = [h.evaluated()["test_accuracy"][-1].mean() for h in dense]
+    target = 0.98 * max(finals)
+    lines = [
+        f"Target: mean test accuracy {target:.4f}, 98 % of the best dense method's.",
+        "MB = 1e6 bytes to the target, over one directed link and over all of them.",
+        "",
+        "| method | MB/link | MB all | steps | gradients | products | seconds "
+        "| final accuracy | final validation loss |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for label, history in histories.items():
+        rows = history.evaluated()
+        reached = np.flatnonzero(rows["test_accuracy"].mean(1) >= target)
+        columns = ("message_bytes", "total_bytes", "step", "gradients", "products")
+        cost = ["not reached", "", "", "", "", ""]
+        if reached.size:
+            link, every, *counts = (rows[name][reached[0]] for name in columns)
+            seconds = rows["seconds"][reached[0]]
+            cost = [f"{link / 1e6:.3f}", f"{every / 1e6:.2f}", *map(str, counts)]
+            cost.append(f"{seconds:.2f}")
+        accuracy = rows["test_accuracy"][-1]
+        spread = f"{accuracy.mean():.4f} ± {accuracy.std():.4f}"
+        loss = f"{rows['validation_loss'][-1].mean():.4f}"
+        lines.append(f"| {' | '.join([label, *cost, spread, loss])} |")
+    return "\n".join(lines)
+
+
+def picture(histories, path):
+    """Accuracy and validation loss against the bytes over one link."""
+    _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for ax, quantity in zip(axes, ("test_accuracy", "validation_loss"), strict=True):
+        dbo.plots.curves(histories, x="message_bytes", y=quantity, ax=ax)
+        ax.set_xscale("log")
+    axes[0].figure.savefig(path, dpi=150)
+
+
+def main():
+    """Run the comparison, print the table, write CSV and PNG."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tune", action="store_true", help="print the grid and stop")
+    parser.add_argument("--out", type=Path, default=Path("results/demo"))
+    options = parser.parse_args()
+    if options.tune:
+        return tune(options.steps)
+    device = jax.devices()[0].device_kind
+    print(
+        f"dbojax {dbo.__version__}, JAX {jax.__version__}, {device}, Python "
+        f"{platform.python_version()}: {NODES} nodes on a ring, h = {HETEROGENEITY}, "
+        f"{options.steps} steps, {options.seeds} seeds at once"
+    )
+    histories = compare(options.steps, options.seeds)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for label, history in histories.items():
+        name = "".join(c if c.isalnum() else "_" for c in label)
+        history.to_csv(options.out / f"{name}.csv")
+    report = table(histories)
+    (options.out / "table.md").write_text(report + "\n")
+    picture(histories, options.out / "curves.png")
+    print(f"\n{report}\n\nTable, CSV and picture are in {options.out}/.")
+    return None
+
+
+if __name__ == "__main__":
+    main()
