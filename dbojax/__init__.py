@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from dbojax import base as base
+from dbojax import plots as plots
 from dbojax import runner as runner
 from dbojax import trees as trees
 from dbojax.base import Algorithm as Algorithm
