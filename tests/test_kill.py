@@ -50,12 +50,15 @@ class Child:
 def server():
     here, package = Path(__file__).parent, Path(dbo.__file__).parents[1]
     path = os.pathsep.join([str(package), str(here)])
+    # Each child compiles anew, so let it be quick about it.
+    quick = "--xla_backend_optimization_level=0"
     process = subprocess.Popen(
         [sys.executable, here / "kill_worker.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        env=os.environ
+        | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick},
     )
     with process:
         yield process

@@ -1,6 +1,7 @@
 import csv
 import itertools
 import json
+import pickle
 import subprocess
 import sys
 
@@ -234,6 +235,9 @@ def test_divergence_is_named_and_the_history_kept(key, x, batch, what, quantity,
     assert f"`{quantity}`" in str(error)
     assert f"step {step}" in str(error)
     assert error.history["step"].tolist() == list(range(1, 21))
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.step) == (str(error), error.step)
+    assert columns_same(again.history, error.history)
 
 
 def test_divergence_leaves_the_last_good_checkpoint(key, x, batch, tmp_path):

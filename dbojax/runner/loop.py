@@ -33,6 +33,9 @@ class DivergedError(FloatingPointError):
         super().__init__(message)
         self.history, self.step, self.quantity = history, step, quantity
 
+    def __reduce__(self):
+        return type(self), (*self.args, self.history, self.step, self.quantity)
+
 
 def run(
     method: Algorithm,
@@ -223,8 +226,13 @@ def _check_start(state: State) -> None:
 
 
 def _first_nonfinite(state: State) -> str | None:
-    names = [name for name, leaf in _inexact(state) if not jnp.isfinite(leaf).all()]
-    return names[0] if names else None
+    return next((name for name, leaf in _inexact(state) if not _all_finite(leaf)), None)
+
+
+def _all_finite(leaf: jax.Array) -> bool:
+    # NumPy where it can: each eager operation of JAX would be compiled per shape.
+    library = np if leaf.is_fully_addressable else jnp
+    return bool(library.isfinite(library.asarray(leaf)).all())
 
 
 class _File(NamedTuple):
