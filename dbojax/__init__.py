@@ -8,6 +8,7 @@ from dbojax import channels as channels
 from dbojax import compressors as compressors
 from dbojax import mixing as mixing
 from dbojax import oracles as oracles
+from dbojax import plots as plots
 from dbojax import runner as runner
 from dbojax import strategies as strategies
 from dbojax import tasks as tasks

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -74,11 +74,15 @@ class History(dict[str, np.ndarray]):
             writer.writerows(zip(*(c.tolist() for c in flat.values()), strict=True))
 
     def to_jsonl(self, path: str | os.PathLike) -> None:
-        """Write one JSON object per step; NaN and infinities as Python spells them."""
-        lists = {name: column.tolist() for name, column in self.items()}
+        """Write one JSON object per step; null where a number is not finite."""
+        lists = {name: _nulled(column).tolist() for name, column in self.items()}
         with open(path, "w", encoding="utf-8") as file:
             for row in zip(*lists.values(), strict=True):
                 file.write(json.dumps(dict(zip(lists, row, strict=True))) + "\n")
+
+
+def _nulled(column: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(column), column.astype(object), None)
 
 
 def _flat(columns: Columns) -> dict[str, np.ndarray]:
@@ -90,6 +94,19 @@ def _flat(columns: Columns) -> dict[str, np.ndarray]:
     return flat
 
 
+class Chunk(NamedTuple):
+    """What one chunk of steps left behind."""
+
+    metrics: Metrics  # leaves (steps, ...)
+    seconds: float
+    scores: Columns | None = None  # what `evaluate` returned at its end
+
+    @property
+    def length(self) -> int:
+        """Number of steps."""
+        return len(self.metrics.upper)
+
+
 def quantities(metrics: Metrics) -> dict[str, np.ndarray]:
     """The measured leaves, (steps, ...) in float64, e.g. under ``consensus.x``."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(metrics)
@@ -99,47 +116,76 @@ def quantities(metrics: Metrics) -> dict[str, np.ndarray]:
     }
 
 
-def rows(
-    measured: Columns, metrics: Metrics, first: int, seconds: float, last: Columns
-) -> dict[str, Any]:
-    """The columns of one chunk: ``first`` steps went before, ``last`` ended them."""
-    length = len(next(iter(measured.values())))
-    count = np.arange(1, length + 1)
-    per_step = {
+def columns(chunks: Sequence[Chunk], before: Columns) -> dict[str, np.ndarray]:
+    """The columns of all steps; ``before`` are those of earlier chunks, or empty."""
+    if not chunks:
+        return dict(before)
+    metrics = _concatenated([chunk.metrics for chunk in chunks])
+    measured = quantities(metrics)
+    lengths = [chunk.length for chunk in chunks]
+    count = np.arange(1, sum(lengths) + 1)
+    base = {name: column[-1] for name, column in before.items()}
+    totals = {name: count * each for name, each in per_step(metrics).items()}
+    each = [chunk.seconds / chunk.length for chunk in chunks]
+    totals["seconds"] = np.repeat(each, lengths).cumsum()
+    part = {
+        "step": base.get("step", 0) + count,
+        **{name.replace(".", "_"): column for name, column in measured.items()},
+        **{name: base.get(name, 0) + column for name, column in totals.items()},
+    }
+    part |= _scores(chunks, np.cumsum(lengths) - 1)
+    return joined([before, part]) if before else part
+
+
+def per_step(metrics: Metrics) -> dict[str, int]:
+    """The exact counts of one step."""
+    return {
         "message_bytes": metrics.traffic.message,
         "total_bytes": metrics.traffic.total,
         "rounds": metrics.traffic.rounds,
         "gradients": metrics.calls.gradients,
         "products": metrics.calls.products,
-        "seconds": seconds / length,
-    }
-    before = {name: last[name][-1] if last else 0 for name in per_step}
-    return {
-        "step": first + count,
-        **{name.replace(".", "_"): column for name, column in measured.items()},
-        **{name: before[name] + count * each for name, each in per_step.items()},
     }
 
 
-def scored(part: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Put what ``evaluate`` returned into the last row of a chunk.
+def _concatenated(metrics: Sequence[Metrics]) -> Metrics:
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *metrics)
+
+
+def scored(chunk: Chunk, scores: Mapping[str, Any], before: Mapping[str, Any]) -> Chunk:
+    """Add what ``evaluate`` returned; ``before`` has the scores of earlier chunks.
 
     Raises:
-        ValueError: if a score would hide a column of the run.
+        ValueError: if a score would hide a column of the run, or changes its shape.
     """
-    taken = sorted({*part, FLAG} & set(scores))
-    if taken:
+    values = {name: np.array(score, float) for name, score in scores.items()}
+    measured = (name.replace(".", "_") for name in quantities(chunk.metrics))
+    taken = {"step", "seconds", FLAG, *measured, *per_step(chunk.metrics)}
+    hidden = sorted(taken & set(values))
+    if hidden:
         raise ValueError(
-            f"`evaluate` must not name a score like a column of the run; got {taken}. "
-            f"Rename it, e.g. to {'test_' + taken[0]!r}."
+            f"`evaluate` must not name a score like a column of the run; got {hidden}. "
+            f"Rename it, e.g. to {'test_' + hidden[0]!r}."
         )
-    ends = np.arange(len(part["step"])) == len(part["step"]) - 1
-    columns = {}
-    for name, score in scores.items():
-        value = np.asarray(score, float)
-        columns[name] = np.full((len(ends), *value.shape), np.nan)
-        columns[name][-1] = value
-    return {**part, FLAG: ends, **columns}
+    for name, value in values.items():
+        if name in before and np.shape(before[name]) != value.shape:
+            raise ValueError(
+                f"The score {name!r} of `evaluate` must keep its shape, "
+                f"{np.shape(before[name])}; got {value.shape}."
+            )
+    return chunk._replace(scores=values)
+
+
+def _scores(chunks: Sequence[Chunk], ends) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for chunk, end in zip(chunks, ends, strict=True):
+        if chunk.scores is None:
+            continue
+        found.setdefault(FLAG, np.zeros(ends[-1] + 1, bool))[end] = True
+        for name, value in chunk.scores.items():
+            blank = np.full((ends[-1] + 1, *value.shape), np.nan)
+            found.setdefault(name, blank)[end] = value
+    return found
 
 
 def joined(parts: Iterable[Columns]) -> dict[str, np.ndarray]:

@@ -33,6 +33,9 @@ class DivergedError(FloatingPointError):
         super().__init__(message)
         self.history, self.step, self.quantity = history, step, quantity
 
+    def __reduce__(self):
+        return type(self), (*self.args, self.history, self.step, self.quantity)
+
 
 def run(
     method: Algorithm,
@@ -109,55 +112,55 @@ def run(
     if stop_on_nonfinite:
         _check_start(state)
     file = _file(checkpoint, feed, key, state, every)
-    done, state, parts = _begin(file, state, num_steps, resume)
-    chunk = _Chunk(method, feed, key)
+    done, state, before = _begin(file, state, num_steps, resume)
+    program = _Program(method, feed, key)
+    chunks, scores = [], {name: column[-1] for name, column in before.items()}
     with _bar(progress, done, num_steps) as show:
         while done < num_steps:
             length = min(every - done % every, num_steps - done)
-            state, metrics, finite, seconds = chunk(state, done, length)
-            measured = history.quantities(metrics)
-            last = parts[-1] if parts else {}
-            part = history.rows(measured, metrics, done, seconds, last)
-            found = _offender(state, measured, finite, done)
-            if stop_on_nonfinite and found is not None:
-                parts = history.joined([*parts, part])
-                rows = History(parts, chunk.compile_seconds)
-                raise _diverged(*found, rows, file, done)
+            state, chunk, finite = program(state, done, length)
+            if stop_on_nonfinite and not finite:
+                rows = history.columns([*chunks, chunk], before)
+                rows = History(rows, program.compile_seconds)
+                raise _diverged(state, chunk, rows, file, done)
             if evaluate is not None:
-                part = history.scored(part, evaluate(state))
-            parts.append(part)
+                chunk = history.scored(chunk, evaluate(state), scores)
+                scores = scores | chunk.scores
+            chunks.append(chunk)
             done += length
             if file is not None:
-                parts = [history.joined(parts)]
-                file.save(state, done, parts[0])
-            show(length, part)
-    return state, History(history.joined(parts), chunk.compile_seconds)
+                before, chunks = history.columns(chunks, before), []
+                file.save(state, done, before)
+            show(chunk, done)
+    rows = history.columns(chunks, before)
+    return state, History(rows, program.compile_seconds)
 
 
-class _Chunk:
+class _Program:
     """The compiled programs of a run, one per chunk length."""
 
     def __init__(self, method: Algorithm, feed: feeds.Feed, key: jax.Array):
         self.method, self.feed, self.key = method, feed, key
-        self.programs: dict[int, Any] = {}
+        self.compiled: dict[int, Any] = {}
         self.compile_seconds = 0.0
 
     def __call__(self, state, first: int, length: int):
         shared, scanned = self.feed.fetch(first, length)
         arguments = (state, self.key, shared, scanned, np.int32(first))
-        if length not in self.programs:
+        if length not in self.compiled:
             start = time.perf_counter()
-            self.programs[length] = self.compile(length, arguments)
+            self.compiled[length] = self.compile(length, arguments)
             self.compile_seconds += time.perf_counter() - start
         start = time.perf_counter()
-        state, metrics, finite = self.programs[length](*arguments)
-        jax.block_until_ready((state, metrics))
-        return state, metrics, finite, time.perf_counter() - start
+        out = jax.block_until_ready(self.compiled[length](*arguments))
+        seconds = time.perf_counter() - start
+        state, metrics, finite = out
+        return state, history.Chunk(metrics, seconds), bool(finite)
 
     def compile(self, length: int, arguments):
-        program = functools.partial(_steps, self.method, self.feed, length)
-        placed = jax.tree.map(_placement, arguments[0])
-        jitted = jax.jit(program, donate_argnums=0, out_shardings=(placed, None, None))
+        steps = functools.partial(_steps, self.method, self.feed, length)
+        placed = (jax.tree.map(_placement, arguments[0]), None, None)
+        jitted = jax.jit(steps, donate_argnums=0, out_shardings=placed)
         return jitted.lower(*arguments).compile()
 
 
@@ -171,7 +174,7 @@ def _steps(method, feed, length, state, key, shared, scanned, first):
 
     steps = first + jnp.arange(length, dtype=jnp.int32)
     state, metrics = jax.lax.scan(body, state, (steps, scanned))
-    return state, metrics, _finite(state)
+    return state, metrics, _finite(state) & _finite(metrics)
 
 
 def _placement(leaf: jax.Array):
@@ -190,9 +193,9 @@ def _own(state: State) -> State:
     return jax.tree.map(copy, state)
 
 
-def _finite(state: State) -> jax.Array:
-    leaves = [leaf for _, leaf in _inexact(state)]
-    return jnp.array([jnp.isfinite(leaf).all() for leaf in leaves], bool)
+def _finite(tree: Tree) -> jax.Array:
+    good = [jnp.isfinite(leaf).all() for _, leaf in _inexact(tree)]
+    return jnp.array(good, bool).all()
 
 
 def _inexact(state: State) -> list[tuple[str, jax.Array]]:
@@ -214,12 +217,22 @@ def _check_counts(**counts: int) -> None:
 
 
 def _check_start(state: State) -> None:
-    for (name, _), good in zip(_inexact(state), _finite(state), strict=True):
-        if not good:
-            raise ValueError(
-                f"The start must be finite, but `{name}` holds NaN or an infinity. "
-                "Correct it, or pass `stop_on_nonfinite=False` if it is meant."
-            )
+    name = _first_nonfinite(state)
+    if name is not None:
+        raise ValueError(
+            f"The start must be finite, but `{name}` holds NaN or an infinity. "
+            "Correct it, or pass `stop_on_nonfinite=False` if it is meant."
+        )
+
+
+def _first_nonfinite(state: State) -> str | None:
+    return next((name for name, leaf in _inexact(state) if not _all_finite(leaf)), None)
+
+
+def _all_finite(leaf: jax.Array) -> bool:
+    # NumPy where it can: each eager operation of JAX would be compiled per shape.
+    library = np if leaf.is_fully_addressable else jnp
+    return bool(library.isfinite(library.asarray(leaf)).all())
 
 
 class _File(NamedTuple):
@@ -254,7 +267,7 @@ def _file(checkpoint, feed: feeds.Feed, key, state, every: int) -> _File | None:
 
 def _begin(file: _File | None, state, num_steps: int, resume: bool):
     if file is None or not file.path.exists():
-        return 0, state, []
+        return 0, state, {}
     if not resume:
         raise ValueError(
             f"The checkpoint {file.path} exists and would be overwritten. Pass "
@@ -268,7 +281,7 @@ def _begin(file: _File | None, state, num_steps: int, resume: bool):
             f"num_steps={num_steps}. Ask for at least as many steps, or pass another "
             "path."
         )
-    return saved.meta["step"], saved.tree, [saved.columns]
+    return saved.meta["step"], saved.tree, saved.columns
 
 
 def _check_same(file: _File, meta: dict[str, Any]) -> None:
@@ -286,37 +299,36 @@ def _check_same(file: _File, meta: dict[str, Any]) -> None:
             )
 
 
-def _offender(state, measured, finite, done: int) -> tuple[int, str] | None:
-    bad = {name: ~np.isfinite(column) for name, column in measured.items()}
-    bad = {name: np.argwhere(where) for name, where in bad.items() if where.any()}
-    if bad:
-        name = min(bad, key=lambda name: bad[name][0][0])
-        step, *index = bad[name][0]
-        return done + int(step) + 1, name + "".join(f"[{i}]" for i in index)
-    if not np.all(finite):
-        name, _ = _inexact(state)[int(np.argmin(finite))]
-        return done + len(next(iter(measured.values()))), name
-    return None
-
-
-def _diverged(step, quantity, rows: History, file: _File | None, done: int):
+def _diverged(state, chunk, rows: History, file: _File | None, done: int):
+    step, quantity = _offender(state, chunk)
     kept = ""
     if file is not None and done:
         kept = f" The last good checkpoint, {file.path}, stands at step {done}."
     return DivergedError(
-        f"`{quantity}` is not finite from step {step} on.{kept} Lower the step sizes "
-        "first, then the channels' gamma; a larger penalty needs smaller steps. "
+        f"`{quantity}` is not finite from step {done + step} on.{kept} Lower the step "
+        "sizes first, then the channels' gamma; a larger penalty needs smaller steps. "
         "`error.history` holds the rows so far.",
         rows,
-        step,
+        done + step,
         quantity,
     )
+
+
+def _offender(state: State, chunk: history.Chunk) -> tuple[int, str]:
+    measured = history.quantities(chunk.metrics)
+    bad = {name: np.argwhere(~np.isfinite(rows)) for name, rows in measured.items()}
+    bad = {name: where for name, where in bad.items() if len(where)}
+    if not bad:
+        return chunk.length, str(_first_nonfinite(state))
+    name = min(bad, key=lambda name: bad[name][0][0])
+    step, *index = bad[name][0]
+    return int(step) + 1, name + "".join(f"[{i}]" for i in index)
 
 
 @contextlib.contextmanager
 def _bar(progress: bool, done: int, num_steps: int):
     if not progress:
-        yield lambda length, part: None
+        yield lambda chunk, done: None
         return
     try:
         from tqdm.auto import tqdm
@@ -326,9 +338,10 @@ def _bar(progress: bool, done: int, num_steps: int):
         ) from error
     with tqdm(total=num_steps, initial=done, unit="step") as bar:
 
-        def show(length, part):
-            loss, sent = np.mean(part["upper"][-1]), part["total_bytes"][-1] / 1e6
+        def show(chunk, done):
+            loss = float(np.mean(chunk.metrics.upper[-1]))
+            sent = done * chunk.metrics.traffic.total / 1e6
             bar.set_postfix(loss=f"{loss:.4g}", MB=f"{sent:.4g}", refresh=False)
-            bar.update(length)
+            bar.update(chunk.length)
 
         yield show
