@@ -143,7 +143,7 @@ def per_leaf(compressor: Compressor, like: Tree | None = None) -> Compressor:
     Examples:
         >>> tree = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([30.0, 40.0])}
         >>> top = per_leaf(dbo.compressors.top_k(1), like=tree)
-        >>> payload, _ = top.compress(None, tree, top.init(tree))
+        >>> payload, _ = top.compress(jax.random.key(0), tree, top.init(tree))
         >>> jax.tree.map(lambda a: a.tolist(), top.decompress(payload, tree))
         {'a': [0.0, 2.0], 'b': [0.0, 40.0]}
         >>> top.delta(4)

@@ -61,6 +61,13 @@ def counter_uniform(key: jax.Array, shape=(), dtype=jnp.float32) -> jax.Array:
     return (fraction.astype(dtype) * np.asarray(2.0**-bits, dtype)).reshape(shape)
 
 
+def grid(d: int) -> tuple[int, int]:
+    """Sides of a nearly square grid with at least ``d`` cells, few of them too many."""
+    side = math.isqrt(d - 1) + 1
+    a = min(range(side, side // 4, -1), key=lambda a: -(-d // a) * a)
+    return a, -(-d // a)
+
+
 def distinct(seed: jax.Array, k: int, d: int) -> jax.Array:
     r"""Choose ``k`` different integers below ``d``, each with probability k / d.
 
@@ -81,8 +88,7 @@ def distinct(seed: jax.Array, k: int, d: int) -> jax.Array:
         >>> sorted(distinct(jnp.array([1, 2], jnp.uint32), 7, 7).tolist())
         [0, 1, 2, 3, 4, 5, 6]
     """
-    a = math.isqrt(d - 1) + 1
-    b = -(-d // a)
+    a, b = grid(d)
     keys = hashed(seed, jax.lax.iota(jnp.uint32, 5))
 
     def add_modulo(i, j, modulus):  # i, j < modulus

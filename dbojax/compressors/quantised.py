@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,24 +23,39 @@ class Packed(NamedTuple):
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Put ``32 // bits`` codes into each word; codes are uint32 below ``2**bits``.
+    """Put ``32 // bits`` codes into each word; a code is an integer below ``2**bits``.
 
     The layout is strided (code ``i`` lies in word ``i mod m``), so that both directions
-    read and write whole runs.
+    read and write whole runs. The loops, here and in :func:`unpack`, also keep the
+    compiler from computing each code anew for each of its neighbours in a word.
     """
     slots = 32 // bits
     m = -(-codes.size // slots)
-    grid = jnp.pad(codes, (0, m * slots - codes.size)).reshape(slots, m)
-    shifted = [grid[slot] << np.uint32(bits * slot) for slot in range(slots)]
-    return functools.reduce(jnp.bitwise_or, shifted)
+    runs = jnp.pad(codes.astype(code_type(bits)), (0, m * slots - codes.size))
+
+    def put(slot, words):
+        run = jax.lax.dynamic_slice(runs, (slot * m,), (m,)).astype(jnp.uint32)
+        return words | (run << (bits * slot).astype(jnp.uint32))
+
+    return jax.lax.fori_loop(0, slots, put, jnp.zeros(m, jnp.uint32))
 
 
-def unpack(packed: jax.Array, bits: int, d: int) -> jax.Array:
-    """Undo :func:`pack` for ``d`` codes."""
-    slots = 32 // bits
-    shifts = np.arange(slots, dtype=np.uint32)[:, None] * np.uint32(bits)
-    codes = (packed[None, :] >> shifts) & np.uint32((1 << bits) - 1)
-    return codes.reshape(-1)[:d]
+def unpack(words: jax.Array, bits: int, d: int) -> jax.Array:
+    """Undo :func:`pack` for ``d`` codes: (d,) of the type that holds a code."""
+    slots, m = 32 // bits, words.size
+    mask = np.uint32((1 << bits) - 1)
+
+    def take(slot, codes):
+        run = (words >> (bits * slot).astype(jnp.uint32)) & mask
+        return jax.lax.dynamic_update_slice(codes, run.astype(codes.dtype), (slot * m,))
+
+    codes = jnp.zeros(slots * m, code_type(bits))
+    return jax.lax.fori_loop(0, slots, take, codes)[:d]
+
+
+def code_type(bits: int) -> np.dtype:
+    """Smallest unsigned integer type of at least ``bits`` bits."""
+    return np.min_scalar_type((1 << bits) - 1)
 
 
 def widened(v: jax.Array) -> jax.Array:
@@ -82,7 +96,8 @@ def qsgd(
 
     so that :math:`E\,C(v) = v` and
     :math:`E\|C(v) - v\|^2 \le \min(d/s^2, \sqrt d / s) \|v\|^2`. For a contraction
-    write ``scaled(qsgd(levels))``.
+    write ``scaled(qsgd(levels))``. The norm is a plain sum of squares: float32 vectors
+    shorter than about 1e-19 come out as zero, longer than 1e19 as NaN.
 
     Args:
         levels: steps between zero and the norm, at most 32767. An entry takes
@@ -96,7 +111,7 @@ def qsgd(
         ValueError: if ``levels`` is not an integer from 1 to 32767.
 
     Examples:
-        >>> v, c = jnp.array([3.0, 0.0, -4.0]), qsgd(5)  # u = (3, 0, 4) needs no rounding
+        >>> v, c = jnp.array([3.0, 0.0, -4.0]), qsgd(5)  # whole u
         >>> payload, _ = c.compress(jax.random.key(0), v, ())
         >>> np.allclose(c.decompress(payload, v), v), payload.words.shape
         (True, (1,))
@@ -108,28 +123,25 @@ def qsgd(
     if not whole or not 1 <= levels <= 32767:
         raise ValueError(
             "`qsgd(levels)` needs an integer from 1 to 32767 (beyond that an entry "
-            f"fills a whole word), got levels={levels!r}. Write e.g. `qsgd(7)`, four bits."
+            f"fills a whole word), got levels={levels!r}. Write e.g. "
+            "`qsgd(7)`, four bits."
         )
     s, bits = int(levels), (2 * int(levels)).bit_length()
 
     def compress(key, v):
         v = widened(v)
         magnitude = jnp.abs(v)
-        # Squares of what is scaled by the largest entry neither over- nor underflow.
-        largest = jnp.max(magnitude)
-        unit = jnp.where(largest > 0, largest, 1)
-        norm = largest * jnp.sqrt(jnp.sum(jnp.square(magnitude / unit)))
-        u = s * (magnitude / jnp.where(norm > 0, norm, 1))
+        norm = jnp.sqrt(jnp.vdot(v, v, precision="highest"))
+        u = magnitude * (s / jnp.maximum(norm, s * jnp.finfo(v.dtype).tiny))
         floor = jnp.floor(u)
         up = uniform(key, v.shape, v.dtype) < u - floor
         # The norm is rounded too: its own entry may come out above s by an ulp.
         q = jnp.minimum(floor.astype(jnp.int32) + up, s)
-        codes = jnp.where(v < 0, s - q, s + q).astype(jnp.uint32)
-        return Packed(pack(codes, bits), norm)
+        return Packed(pack(jnp.where(v < 0, s - q, s + q), bits), norm)
 
     def decompress(payload, like):
-        codes = unpack(payload.words, bits, like.size).astype(jnp.int32) - s
-        return (payload.scale * (codes / s)).astype(like.dtype)
+        codes = unpack(payload.words, bits, like.size).astype(payload.scale.dtype)
+        return (payload.scale * ((codes - s) / s)).astype(like.dtype)
 
     def omega(d):
         return min(d / s**2, d**0.5 / s)
@@ -163,9 +175,7 @@ def sign() -> Compressor:
 
     def compress(key, v):
         del key
-        return Packed(
-            pack((v >= 0).astype(jnp.uint32), 1), jnp.mean(jnp.abs(widened(v)))
-        )
+        return Packed(pack(v >= 0, 1), jnp.mean(jnp.abs(widened(v))))
 
     def decompress(payload, like):
         positive = unpack(payload.words, 1, like.size) == 1
@@ -180,10 +190,10 @@ def cast(dtype: Any) -> Compressor:
     .. math:: |C(v)_j - v_j| \le \epsilon |v_j|, \qquad \delta = 1 - \epsilon^2,
 
     with :math:`\epsilon` of the type (2^-10 for float16, 2^-7 for bfloat16), for
-    entries within its normal range. Beyond the range an entry saturates at the largest finite
-    value, below it loses digits and then becomes zero: the error is then larger, but
-    never above :math:`|v_j|`. float16 has little range (6e-5 to 65504), so differences
-    that vanish want bfloat16. Infinities and NaNs travel.
+    entries within its normal range. Beyond the range an entry saturates at the largest
+    finite value, below it loses digits and then becomes zero: the error is then larger,
+    but never above :math:`|v_j|`. float16 has little range (6e-5 to 65504), so
+    differences that vanish want bfloat16. Infinities and NaNs travel.
 
     The message is a bit pattern of unsigned integers: some back ends would carry
     short floats across a link as float32.

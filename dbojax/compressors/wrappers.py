@@ -134,9 +134,9 @@ def composed(sparsifier: Compressor, quantiser: Compressor) -> Compressor:
 
     def compress(key, v, state):
         kept(v)
-        keys = (None, None) if key is None else jax.random.split(key)
-        payload, first = sparsifier.compress(keys[0], v, state[0])
-        values, second = quantiser.compress(keys[1], payload.values, state[1])
+        key_s, key_q = jax.random.split(key)
+        payload, first = sparsifier.compress(key_s, v, state[0])
+        values, second = quantiser.compress(key_q, payload.values, state[1])
         return payload._replace(values=values), (first, second)
 
     def opened(payload, like):

@@ -1,0 +1,294 @@
+"""The law of every compressor: contraction or unbiasedness, edges, transforms."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dbojax import compressors as C
+from dbojax import trees
+
+CASES = {
+    "identity": C.identity(),
+    "top_k": C.top_k(0.2),
+    "top_k_int": C.top_k(3),
+    "block_top_k": C.block_top_k(0.2),
+    "block_top_k_int": C.block_top_k(4),
+    "random_k": C.random_k(0.25),
+    "strided_random_k": C.strided_random_k(5),
+    "qsgd1": C.qsgd(1),
+    "qsgd7": C.qsgd(7),
+    "qsgd_threefry": C.qsgd(4, uniform=jax.random.uniform),
+    "sign": C.sign(),
+    "float16": C.cast(jnp.float16),
+    "bfloat16": C.cast(jnp.bfloat16),
+    "scaled_random_k": C.scaled(C.random_k(0.25)),
+    "scaled_qsgd": C.scaled(C.qsgd(2)),
+    "top_k_then_qsgd": C.composed(C.top_k(0.2), C.scaled(C.qsgd(3))),
+    "block_then_sign": C.composed(C.block_top_k(0.2), C.sign()),
+    "top_k_then_half": C.composed(C.top_k(0.2), C.cast(jnp.bfloat16)),
+    "random_k_then_qsgd": C.composed(C.random_k(0.25), C.qsgd(3)),
+    "per_leaf_top_k": C.per_leaf(C.top_k(0.2)),
+    "per_leaf_qsgd": C.per_leaf(C.qsgd(3)),
+}
+CONTRACTIONS = {name: c for name, c in CASES.items() if c.delta}
+UNBIASED = {name: c for name, c in CASES.items() if c.omega}
+WITH_ADD = {name: c for name, c in CASES.items() if c.add}
+AS_ONE_VECTOR = {name: c for name, c in CASES.items() if "per_leaf" not in name}
+RANDOM = ["random_k", "strided_random_k", "qsgd7", "scaled_qsgd", "random_k_then_qsgd"]
+D = 23
+
+
+def params(cases):
+    return pytest.mark.parametrize("c", cases.values(), ids=cases.keys())
+
+
+@partial(jax.jit, static_argnums=0)
+def roundtrip(c, key, v):
+    payload, _ = c.compress(key, v, c.init(v))
+    return c.decompress(payload, jax.tree.map(shape, v))
+
+
+def shape(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def vectors(d=D):
+    rng = np.random.default_rng(0)
+    sparse = np.where(rng.random(d) < 0.2, rng.normal(size=d), 0.0)
+    return {
+        "gaussian": rng.normal(size=d),
+        "heavy": rng.standard_cauchy(size=d),
+        "equal": np.ones(d),
+        "one_hot": np.eye(d)[d - 1],
+        "sparse": sparse,
+        "signs": rng.choice([-2.0, 2.0], size=d),
+    }
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def sample(c, key, v, times):
+    return jax.vmap(lambda k: roundtrip(c, k, v))(jax.random.split(key, times))
+
+
+def draws(c, key, v, times):
+    return np.asarray(sample(c, key, jnp.asarray(v), times))
+
+
+@pytest.mark.parametrize("v", vectors().values(), ids=vectors().keys())
+@params(CONTRACTIONS)
+def test_contraction(c, v, key):
+    errors = ((draws(c, key, v, 2000) - v) ** 2).sum(axis=1)
+    bound = (1 - c.delta(D)) * (v**2).sum()
+    noise = errors.std() / 2000**0.5
+    assert errors.mean() <= bound + 5 * noise + 1e-12 * (v**2).sum()
+
+
+@pytest.mark.parametrize("name", ["gaussian", "one_hot", "equal"])
+@params(UNBIASED)
+def test_unbiased_with_variance(c, name, key):
+    v = vectors()[name]
+    received = draws(c, key, v, 20_000)
+    deviation = np.abs(received.mean(axis=0) - v)
+    assert (deviation <= 5 * received.std(axis=0) / 20_000**0.5 + 1e-9).all()
+    errors = ((received - v) ** 2).sum(axis=1)
+    bound = c.omega(D) * (v**2).sum()
+    assert errors.mean() <= bound + 5 * errors.std() / 20_000**0.5 + 1e-9
+
+
+@pytest.mark.parametrize("name", ["random_k", "strided_random_k"])
+def test_variance_is_the_law_itself(name, key):
+    v = vectors()["gaussian"]
+    errors = ((draws(CASES[name], key, v, 20_000) - v) ** 2).sum(axis=1)
+    z = (errors.mean() - CASES[name].omega(D) * (v**2).sum()) / errors.std()
+    assert abs(z) * 20_000**0.5 < 5
+
+
+@params(CASES)
+def test_zero_stays_zero(c, key):
+    assert (np.asarray(roundtrip(c, key, jnp.zeros(D))) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16])
+@params(CASES)
+def test_dtype_is_kept_and_finite(c, dtype, key):
+    v = jnp.asarray(vectors()["gaussian"], dtype)
+    out = roundtrip(c, key, v)
+    assert out.dtype == dtype
+    assert out.shape == v.shape
+    assert bool(jnp.isfinite(out).all())
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_short_vectors(d, key):
+    fractions = [C.top_k, C.block_top_k, C.random_k, C.strided_random_k]
+    for c in [f(1.0) for f in fractions] + [C.qsgd(1), C.cast(jnp.float32)]:
+        assert np.isfinite(roundtrip(c, key, jnp.arange(1.0, d + 1))).all()
+    for c in [f(k) for f in fractions for k in (1.0, d)]:
+        np.testing.assert_array_equal(
+            roundtrip(c, key, jnp.arange(1.0, d + 1)), np.arange(1.0, d + 1)
+        )
+    one = jnp.array([-3.0])
+    for c in (C.sign(), C.qsgd(1), C.qsgd(100)):
+        assert float(roundtrip(c, key, one)[0]) == -3.0
+
+
+@params(AS_ONE_VECTOR)
+def test_tree_is_its_raveled_vector(c, key):
+    v = jnp.asarray(vectors()["gaussian"])
+    tree = {"a": v[:10].reshape(2, 5), "b": {"c": v[10], "d": v[11:]}}
+    flat = trees.ravel(roundtrip(c, key, tree))
+    np.testing.assert_array_equal(flat, roundtrip(c, key, v))
+
+
+@params(CASES)
+def test_transforms_change_nothing(c, key):
+    """jit, vmap over nodes and scan over steps give the bits of a plain loop."""
+    v = jnp.asarray(np.stack(list(vectors().values())))
+    keys = jax.random.split(key, len(v))
+    plain = np.stack([roundtrip(c, k, row) for k, row in zip(keys, v, strict=True)])
+    lifted = jax.jit(jax.vmap(lambda k, row: roundtrip(c, k, row)))(keys, v)
+
+    def step(memory, inputs):
+        payload, memory = c.compress(inputs[0], inputs[1], memory)
+        return memory, c.decompress(payload, inputs[1])
+
+    scanned = jax.lax.scan(step, c.init(v[0]), (keys, v))[1]
+    eager = roundtrip.__wrapped__(c, keys[0], v[0])
+    np.testing.assert_allclose(eager, plain[0], rtol=1e-12)
+    np.testing.assert_allclose(lifted, plain, rtol=1e-12)
+    np.testing.assert_allclose(scanned, plain, rtol=1e-12)
+
+
+@params(WITH_ADD)
+def test_add_is_decompress_then_add(c, key):
+    v = {"a": jnp.asarray(vectors()["gaussian"]), "b": jnp.ones((2, 3))}
+    into = jax.tree.map(lambda a: a + 1, v)
+    payload, _ = c.compress(key, v, c.init(v))
+    got = c.add(payload, jnp.asarray(-0.5), into)
+    dense = c.decompress(payload, v)
+    want = jax.tree.map(lambda i, q: i - 0.5 * q, into, dense)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, want)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_same_key_same_bits(name, key):
+    v = jnp.asarray(vectors()["gaussian"])
+    one, again, other = (
+        np.asarray(roundtrip(CASES[name], k, v))
+        for k in (key, key, jax.random.fold_in(key, 1))
+    )
+    assert (one == again).all()
+    assert (one != other).any()
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_raw_keys_work(name):
+    v = jnp.asarray(vectors()["gaussian"])
+    typed, raw = jax.random.key(3), jax.random.PRNGKey(3)
+    np.testing.assert_array_equal(
+        roundtrip(CASES[name], typed, v), roundtrip(CASES[name], raw, v)
+    )
+
+
+@params(CASES)
+def test_not_a_number_is_seen(c, key):
+    v = jnp.asarray(vectors()["gaussian"]).at[7].set(jnp.nan)
+    seen = [
+        bool(jnp.isnan(roundtrip(c, k, v)).any()) for k in jax.random.split(key, 40)
+    ]
+    assert any(seen)
+
+
+def test_empty_trees_send_nothing(key):
+    for c in (C.top_k(0.1), C.qsgd(3), C.composed(C.top_k(0.1), C.sign())):
+        for v in ((), {"a": jnp.zeros((0, 2))}):
+            payload, state = c.compress(key, v, c.init(v))
+            assert trees.nbytes(payload) == 0
+            assert state == ()
+            assert trees.size(c.decompress(payload, v)) == 0
+
+
+def test_law_of_per_leaf(key):
+    like = {"a": jnp.zeros(5), "b": jnp.zeros(11)}
+    known, any_split = C.per_leaf(C.top_k(0.2), like), C.per_leaf(C.top_k(0.2))
+    assert known.delta(16) == min(1 / 5, 3 / 11)
+    assert any_split.delta(16) == min(C.top_k(0.2).delta(d) for d in range(1, 17))
+    assert any_split.delta(16) <= known.delta(16)
+    assert C.per_leaf(C.top_k(2)).delta(16) == 2 / 16
+    assert C.per_leaf(C.qsgd(2), like).omega(16) == C.qsgd(2).omega(11)
+    assert C.per_leaf(C.sign()).omega is None
+    # Leaves of very different size: what one top_k over all would drop is kept.
+    v = {"a": jnp.full(5, 1e-3), "b": jnp.arange(11.0)}
+    assert int((roundtrip(known, key, v)["a"] != 0).sum()) == 1
+    assert int((roundtrip(C.top_k(0.2), key, v)["a"] != 0).sum()) == 0
+
+
+def test_law_of_scaled_and_composed():
+    assert C.scaled(C.random_k(5)).delta(20) == pytest.approx(0.25)
+    assert C.scaled(C.scaled(C.qsgd(3))).omega(100) == C.qsgd(3).omega(100)
+    both = C.composed(C.top_k(0.1), C.sign())
+    assert both.delta(100) == pytest.approx(0.1 * 1 / 10)
+    both = C.composed(C.random_k(25), C.qsgd(5))
+    assert both.omega(100) == pytest.approx(4 * (1 + 1) - 1)
+    assert C.composed(C.top_k(0.1), C.qsgd(3)).delta is None
+    assert C.composed(C.top_k(0.1), C.qsgd(3)).omega is None
+    assert C.scaled(both).delta(100) == pytest.approx(1 / 8)
+
+
+def test_cast_law_is_per_entry(key):
+    exponents = np.linspace(-13.9, 15.9, 5001)
+    v = jnp.asarray(2.0**exponents * np.where(np.arange(5001) % 2, 1, -1))
+    for dtype in (jnp.float16, jnp.bfloat16):
+        error = np.abs(roundtrip(C.cast(dtype), key, v) - v)
+        assert (error <= float(jnp.finfo(dtype).eps) * np.abs(v)).all()
+    wild = jnp.asarray([1e30, -7e4, 1e-9, 1e-40, -3e-6])
+    out = np.asarray(roundtrip(C.cast(jnp.float16), key, wild))
+    assert (np.abs(out - wild) <= np.abs(wild)).all()
+    assert out[0] == 65504
+    assert np.isinf(roundtrip(C.cast(jnp.float16), key, jnp.array([jnp.inf]))[0])
+
+
+def refused(message, build):
+    return pytest.param(message, build, id=message.split("`")[1])
+
+
+@pytest.mark.parametrize(
+    ("message", "build"),
+    [
+        *[
+            pytest.param(rf"`top_k\(k\)` needs .*got k={k!r}", lambda k=k: C.top_k(k))
+            for k in (0, -2, 0.0, 1.5, True, "3")
+        ],
+        refused("`block_top_k.*got k=0", lambda: C.block_top_k(0)),
+        refused("`random_k.*got k=2.0", lambda: C.random_k(2.0)),
+        refused("`strided_random_k.*got k=-1", lambda: C.strided_random_k(-1)),
+        refused("`qsgd.*1 to 32767.*got levels=0", lambda: C.qsgd(0)),
+        refused("`qsgd.*got levels=32768", lambda: C.qsgd(32768)),
+        refused("`qsgd.*got levels=2.5", lambda: C.qsgd(2.5)),
+        refused("`cast.*got int8", lambda: C.cast(jnp.int8)),
+        refused("`scaled` needs an unbiased", lambda: C.scaled(C.top_k(3))),
+        refused("`scaled` needs an unbiased", lambda: C.scaled(C.sign())),
+        refused(
+            "`per_leaf.*d=5 entries, got d=6",
+            lambda: C.per_leaf(C.top_k(0.1), jnp.ones(5)).delta(6),
+        ),
+    ],
+)
+def test_refusals_when_building(message, build):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_refusals_when_tracing(key):
+    for name in ("top_k", "block_top_k", "random_k", "strided_random_k"):
+        with pytest.raises(ValueError, match=rf"`{name}\(k=9\)` needs .* got d=8"):
+            roundtrip(getattr(C, name)(9), key, jnp.ones(8))
+    with pytest.raises(ValueError, match=r"real floating-point.*int32"):
+        roundtrip(C.top_k(1), key, {"a": jnp.ones(3, jnp.int32)})
+    with pytest.raises(ValueError, match=r"real floating-point.*complex"):
+        roundtrip(C.sign(), key, jnp.ones(3, complex))
+    with pytest.raises(ValueError, match=r"payload has a field `values`, got Packed"):
+        roundtrip(C.composed(C.sign(), C.top_k(0.1)), key, jnp.ones(8))

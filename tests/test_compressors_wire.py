@@ -1,0 +1,193 @@
+"""What crosses a link: bytes by hand, layouts and selections by slow NumPy loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dbojax import compressors as C
+from dbojax import trees
+from dbojax.compressors import noise, quantised
+
+
+def message_bytes(c, d, dtype=jnp.float32):
+    v = jax.ShapeDtypeStruct((d,), dtype)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def message(key, v):
+        return c.compress(key, v, c.init(v))[0]
+
+    return trees.nbytes(jax.eval_shape(message, key, v))
+
+
+BYTES = {
+    # compressor, d, dtype, bytes
+    "identity": (C.identity(), 10, jnp.float32, 40),
+    "top_k_uint8": (C.top_k(5), 256, jnp.float32, 5 * (4 + 1)),
+    "top_k_uint16": (C.top_k(5), 257, jnp.float32, 5 * (4 + 2)),
+    "top_k_uint16_last": (C.top_k(5), 65536, jnp.float32, 5 * (4 + 2)),
+    "top_k_uint32": (C.top_k(5), 65537, jnp.float32, 5 * (4 + 4)),
+    "top_k_float64": (C.top_k(0.01), 1000, jnp.float64, 10 * (8 + 2)),
+    "top_k_bfloat16": (C.top_k(0.01), 1000, jnp.bfloat16, 10 * (2 + 2)),
+    "block_top_k": (C.block_top_k(0.01), 10_000, jnp.float32, 100 * (4 + 1)),
+    "block_top_k_uint16": (C.block_top_k(10), 10_000, jnp.float32, 10 * (4 + 2)),
+    "random_k": (C.random_k(0.01), 10_000, jnp.float32, 100 * 4 + 8),
+    "strided_random_k": (C.strided_random_k(0.01), 10_000, jnp.float32, 100 * 4 + 1),
+    "qsgd1": (C.qsgd(1), 1600, jnp.float32, 4 * 100 + 4),  # 2 bits, 16 a word
+    "qsgd7": (C.qsgd(7), 1600, jnp.float32, 4 * 200 + 4),  # 4 bits, 8 a word
+    "qsgd8": (C.qsgd(8), 1600, jnp.float32, 4 * 267 + 4),  # 5 bits, 6 a word
+    "qsgd16": (C.qsgd(16), 1600, jnp.float32, 4 * 320 + 4),  # 6 bits, 5 a word
+    "qsgd32767": (C.qsgd(32767), 1600, jnp.float32, 4 * 800 + 4),
+    "qsgd7_bfloat16": (C.qsgd(7), 1600, jnp.bfloat16, 4 * 200 + 4),
+    "sign": (C.sign(), 1001, jnp.float32, 4 * 32 + 4),
+    "sign_float64": (C.sign(), 1001, jnp.float64, 4 * 32 + 8),
+    "cast": (C.cast(jnp.bfloat16), 1001, jnp.float32, 2 * 1001),
+    "scaled": (C.scaled(C.random_k(10)), 1000, jnp.float32, 10 * 4 + 8),
+    # 100 kept: 2-byte indices, 13 words of 8 codes, the norm
+    "composed": (
+        C.composed(C.top_k(0.1), C.qsgd(7)),
+        1000,
+        jnp.float32,
+        100 * 2 + 4 * 13 + 4,
+    ),
+    "fraction_rounds_up": (C.top_k(0.1), 11, jnp.float32, 2 * (4 + 1)),
+    "fraction_is_exact": (C.top_k(0.07), 100, jnp.float32, 7 * (4 + 1)),
+}
+
+
+@pytest.mark.parametrize(("c", "d", "dtype", "size"), BYTES.values(), ids=BYTES.keys())
+def test_bytes(c, d, dtype, size):
+    assert message_bytes(c, d, dtype) == size
+
+
+def test_bytes_of_the_newsgroups_example():
+    """Top 20 % of 20 x 130107 entries; ten rounds, two problems, two vectors each."""
+    k = 520_428
+    message = message_bytes(C.top_k(0.2), 20 * 130_107)
+    assert message == k * (4 + 4)
+    assert 2 * 4 * 130_107 + 4 * 10 * message == 167_577_816  # 167.6 MB
+
+
+def test_top_k_against_numpy(key):
+    for v in np.random.default_rng(1).normal(size=(5, 300)):
+        payload, _ = C.top_k(17).compress(key, jnp.asarray(v), ())
+        assert set(payload.indices.tolist()) == set(np.argsort(-np.abs(v))[:17])
+        np.testing.assert_array_equal(payload.values, v[np.asarray(payload.indices)])
+
+
+@pytest.mark.parametrize(("k", "d"), [(1, 7), (3, 7), (4, 12), (7, 7), (5, 1300)])
+def test_block_top_k_against_a_loop(k, d, key):
+    v = np.random.default_rng(d).normal(size=d)
+    want = np.zeros(d)
+    for j in range(k):
+        block = np.arange(j, d, k)
+        best = block[np.argmax(np.abs(v[block]))]
+        want[best] = v[best]
+    c = C.block_top_k(k)
+    payload, _ = c.compress(key, jnp.asarray(v), ())
+    np.testing.assert_array_equal(c.decompress(payload, jnp.asarray(v)), want)
+    rows = np.asarray(payload.rows).astype(int)
+    assert (rows * k + np.arange(k) < d).all()
+    assert rows.max() < -(-d // k)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_block_top_k_never_chooses_the_padding(value, key):
+    payload, _ = C.block_top_k(5).compress(key, jnp.full(11, value), ())
+    assert (np.asarray(payload.rows).astype(int) * 5 + np.arange(5) < 11).all()
+
+
+LENGTHS = [1, 2, 3, 5, 8, 16, 17, 97, 100, 255, 1000, 10_007]
+
+
+@pytest.mark.parametrize("d", LENGTHS)
+def test_random_k_never_repeats(d, key):
+    for k in {1, (d + 1) // 2, d}:
+        seeds = jax.random.bits(key, (20, 2), jnp.uint32)
+        chosen = jax.jit(jax.vmap(lambda seed, k=k: noise.distinct(seed, k, d)))(seeds)
+        for row in np.asarray(chosen):
+            assert len(set(row)) == k
+            assert row.min() >= 0
+            assert row.max() < d
+
+
+@pytest.mark.parametrize(("k", "d"), [(1, 2), (1, 3), (2, 5), (3, 7), (4, 16), (6, 23)])
+def test_random_k_includes_all_alike(k, d, key):
+    times = 20_000
+    seeds = jax.random.bits(key, (times, 2), jnp.uint32)
+    chosen = jax.jit(jax.vmap(lambda seed: noise.distinct(seed, k, d)))(seeds)
+    counts = np.bincount(np.asarray(chosen).ravel(), minlength=d)
+    p = k / d
+    assert (np.abs(counts - times * p) < 5 * (times * p * (1 - p)) ** 0.5).all()
+
+
+def test_random_k_pairs_are_not_always_the_same(key):
+    seeds = jax.random.bits(key, (5000, 2), jnp.uint32)
+    chosen = np.asarray(jax.vmap(lambda seed: noise.distinct(seed, 2, 11))(seeds))
+    gaps = np.bincount((chosen[:, 1] - chosen[:, 0]) % 11, minlength=11)
+    assert gaps[0] == 0
+    assert gaps[1:].min() > 0.5 * 5000 / 10
+
+
+@pytest.mark.parametrize("d", [1, 2, 10, 97, 1000, 99_991, 2_602_140])
+def test_grid_of_the_permutation(d):
+    a, b = noise.grid(d)
+    assert d <= a * b < d + 2 * d**0.5 + 1
+
+
+@pytest.mark.parametrize("levels", [1, 2, 7, 8, 100, 32767])
+@pytest.mark.parametrize("d", [1, 9, 100])
+def test_qsgd_against_numpy(levels, d, key):
+    rng = np.random.default_rng(levels)
+    v, r = rng.normal(size=d), rng.random(d)
+    norm = np.sqrt((v**2).sum())
+    want = np.zeros(d)
+    for j in range(d):
+        u = levels * abs(v[j]) / norm
+        q = np.floor(u) + (r[j] < u - np.floor(u))
+        want[j] = norm * np.sign(v[j]) * min(q, levels) / levels
+    c = C.qsgd(levels, uniform=lambda key, shape, dtype: jnp.asarray(r, dtype))
+    payload, _ = c.compress(key, jnp.asarray(v), ())
+    np.testing.assert_allclose(c.decompress(payload, jnp.asarray(v)), want, rtol=1e-9)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 5, 8, 11, 16])
+@pytest.mark.parametrize("d", [1, 31, 32, 33, 1000])
+def test_pack_and_unpack(bits, d):
+    codes = np.random.default_rng(d).integers(0, 2**bits, d)
+    words = quantised.pack(jnp.asarray(codes), bits)
+    assert words.dtype == jnp.uint32
+    assert words.size == -(-d // (32 // bits))
+    np.testing.assert_array_equal(quantised.unpack(words, bits, d), codes)
+
+
+def test_sign_against_numpy(key):
+    v = np.array([0.5, -2.0, 0.0, -0.0, 3.5])
+    payload, _ = C.sign().compress(key, jnp.asarray(v), ())
+    out = C.sign().decompress(payload, jnp.asarray(v))
+    np.testing.assert_allclose(out, 1.2 * np.array([1, -1, 1, 1, 1]))
+
+
+def test_payload_types_survive_a_link():
+    """No payload leaf of a quantiser is a short float: those may travel as float32."""
+    v = jnp.ones(50, jnp.float32)
+    for c in (C.cast(jnp.bfloat16), C.cast(jnp.float16), C.qsgd(3), C.sign()):
+        payload = jax.eval_shape(lambda v, c=c: c.compress(jax.random.key(0), v, ()), v)
+        dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(payload)}
+        assert dtypes <= {"uint16", "uint32", "float32"}
+
+
+def test_counter_uniform_moments(key):
+    keys = jax.random.split(key, 200)
+    u = np.asarray(jax.vmap(lambda k: C.counter_uniform(k, (1000,)))(keys))
+    assert u.dtype == np.float32
+    assert u.min() >= 0
+    assert u.max() < 1
+    scale = u.size**0.5
+    assert abs(u.mean() - 1 / 2) * scale < 5 * 12**-0.5
+    assert abs((u**2).mean() - 1 / 3) * scale < 5 * (4 / 45) ** 0.5
+    centred = u - 1 / 2
+    for lagged in (centred[:, :-1] * centred[:, 1:], centred[:-1] * centred[1:]):
+        assert abs(lagged.mean()) * scale < 5 / 12
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float64):
+        assert C.counter_uniform(key, (9,), dtype).max() < 1
