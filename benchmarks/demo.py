@@ -170,19 +170,31 @@ def table(histories):
             seconds = rows["seconds"][reached[0]]
             cost = [f"{link / 1e6:.3f}", f"{every / 1e6:.2f}", *map(str, counts)]
             cost.append(f"{seconds:.2f}")
-        accuracy = rows["test_accuracy"][-1]
-        spread = f"{accuracy.mean():.4f} ± {accuracy.std():.4f}"
-        loss = f"{rows['validation_loss'][-1].mean():.4f}"
-        lines.append(f"| {' | '.join([label, *cost, spread, loss])} |")
+        lines.append(f"| {' | '.join([label, *cost, *_end(rows)])} |")
     return "\n".join(lines)
+
+
+def _end(rows):
+    """Final accuracy and validation loss, over the seeds that did not diverge."""
+    losses, accuracy = rows["validation_loss"][-1], rows["test_accuracy"][-1]
+    kept = np.isfinite(losses)
+    note = "" if kept.all() else f" ({(~kept).sum()} of {len(kept)} diverged)"
+    if not kept.any():
+        return "all diverged", ""
+    spread = f"{accuracy[kept].mean():.4f} ± {accuracy[kept].std():.4f}{note}"
+    return spread, f"{losses[kept].mean():.4f}"
 
 
 def picture(histories, path):
     """Accuracy and validation loss against the bytes over one link."""
     _, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for ax, quantity in zip(axes, ("test_accuracy", "validation_loss"), strict=True):
-        dbo.plots.curves(histories, x="message_bytes", y=quantity, ax=ax)
-        ax.set_xscale("log")
+    shown = {"test_accuracy": (0.7, 1.0), "validation_loss": (0.1, 3.0)}
+    for ax, (quantity, limits) in zip(axes, shown.items(), strict=True):
+        log = quantity == "validation_loss"
+        dbo.plots.curves(
+            histories, x="message_bytes", y=quantity, ax=ax, logx=True, logy=log
+        )
+        ax.set_ylim(*limits)
     axes[0].figure.savefig(path, dpi=150)
 
 
