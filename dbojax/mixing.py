@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from dbojax import trees
 from dbojax.base import Mix, Tree, check_mixing_matrix
@@ -22,8 +23,8 @@ _CHUNK = 8
 class _Neighbours(NamedTuple):
     """Who each node hears, itself included; padded with itself at weight zero."""
 
-    index: np.ndarray  # (n, K)
-    weights: np.ndarray  # (n, K)
+    nodes: np.ndarray  # (n, K)
+    weights: np.ndarray | jax.Array  # (n, K)
 
 
 def _neighbours(w: np.ndarray) -> _Neighbours:
@@ -51,7 +52,7 @@ def _mix(n: int, product, table: _Neighbours, links: int) -> Mix:
         return jax.tree.map(product, v if decode is None else jax.vmap(decode)(v))
 
     def exchange(payload):
-        return jax.tree.map(lambda leaf: leaf[table.index], payload)
+        return jax.tree.map(lambda leaf: leaf[table.nodes], payload)
 
     return Mix(apply, exchange, jnp.asarray(table.weights), links, jax.vmap)
 
@@ -79,7 +80,7 @@ def mixer(w: np.ndarray) -> Mix:
         (True, 10)
     """
     w = check_mixing_matrix(w)
-    n, slots = len(w), _neighbours(w).index.shape[1]
+    n, slots = len(w), _neighbours(w).nodes.shape[1]
     if np.allclose(w, 1 / n, rtol=0, atol=1e-12):
         return averaging(n)
     if slots <= 3 and _is_circulant(w):
@@ -122,8 +123,8 @@ def neighbours(w: np.ndarray) -> Mix:
         return sum(_column(weights[:, k], leaf) * leaf[index[:, k]] for k in slots)
 
     def chunked(leaf):
-        chunks = -(-table.index.shape[1] // _CHUNK)
-        padding = ((0, 0), (0, chunks * _CHUNK - table.index.shape[1]))
+        chunks = -(-table.nodes.shape[1] // _CHUNK)
+        padding = ((0, 0), (0, chunks * _CHUNK - table.nodes.shape[1]))
         index, weights = (
             np.pad(part, padding).reshape(-1, chunks, _CHUNK).swapaxes(0, 1)
             for part in table
@@ -136,7 +137,7 @@ def neighbours(w: np.ndarray) -> Mix:
         return jax.lax.scan(add, jnp.zeros_like(leaf), parts)[0]
 
     def product(leaf):
-        if table.index.shape[1] > _UNROLLED:
+        if table.nodes.shape[1] > _UNROLLED:
             return chunked(leaf)
         return gathered(leaf, *table)
 
@@ -152,19 +153,18 @@ def dense(w: np.ndarray | jax.Array, links: int | None = None) -> Mix:
             ``n (n - 1)`` for a traced one.
     """
     n = w.shape[0]
-    if isinstance(w, jax.core.Tracer):
-        table = _Neighbours(np.tile(np.arange(n), (n, 1)), w)
-        links = n * (n - 1) if links is None else links
+    if isinstance(w, Tracer):
+        table, edges = _Neighbours(np.tile(np.arange(n), (n, 1)), w), n * (n - 1)
     else:
         w = np.asarray(w, dtype=np.float64)
-        table, links = _neighbours(w), _links(w) if links is None else links
+        table, edges = _neighbours(w), _links(w)
 
     def product(leaf):
         flat = leaf.reshape(n, -1)
         mixed = jnp.dot(jnp.asarray(w, leaf.dtype), flat, precision="highest")
         return mixed.reshape(leaf.shape)
 
-    return _mix(n, product, table, links)
+    return _mix(n, product, table, edges if links is None else links)
 
 
 def averaging(n: int) -> Mix:

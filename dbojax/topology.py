@@ -143,7 +143,7 @@ def from_networkx(graph: Any) -> np.ndarray:
     """
     import networkx
 
-    adjacency = networkx.to_numpy_array(graph, weight=None).T > 0
+    adjacency = networkx.to_numpy_array(graph, weight="").T > 0
     np.fill_diagonal(adjacency, False)
     return adjacency
 

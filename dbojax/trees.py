@@ -17,8 +17,8 @@ def num_nodes(tree: Tree, name: str = "tree") -> int:
         ValueError: if there is no leaf, a leaf has no axis, or lengths differ.
     """
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
-    lengths = {shape[0] if shape else None for shape in shapes}
-    if len(lengths) != 1 or None in lengths:
+    lengths = {shape[0] for shape in shapes if shape}
+    if len(lengths) != 1 or () in shapes:
         raise ValueError(
             f"Every leaf of `{name}` needs the node axis first, of one length; got "
             f"shapes {shapes}. Stack one value per node, e.g. with "

@@ -132,7 +132,9 @@ def _split(key, count):
     return [jax.random.fold_in(key, index) for index in range(count)]
 
 
-def _run_phase(oracle, phase, key, state, batch):
+def _run_phase(
+    oracle, phase, key, state, batch
+) -> tuple[BilevelState, Traffic, jax.Array]:
     """All rounds of a phase; returns the traffic of one round and the last norm."""
     if phase.restart:
         fresh = {n: s.init(getattr(state, n)) for n, s in phase.moves.items()}
@@ -146,10 +148,9 @@ def _run_phase(oracle, phase, key, state, batch):
 
     def body(state, per_round):
         key, fresh = per_round
-        state, *extras = _round(
-            oracle, phase, key, state, batch if fresh is None else fresh
-        )
-        return state, extras
+        fresh = batch if fresh is None else fresh
+        state, traffic, norm = _round(oracle, phase, key, state, fresh)
+        return state, (traffic, norm)
 
     keys = jax.random.split(key, phase.times)
     state, (traffic, norms) = jax.lax.scan(body, state, (keys, inner))
