@@ -1,5 +1,6 @@
 """Small algorithms for the tests of the runner."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,12 @@ from dbojax.base import Consensus
 
 TRAFFIC = dbo.Traffic(message=24, total=3 * 2**40, rounds=11)
 CALLS = dbo.Calls(gradients=4, products=3)
+
+
+def noise(key, shape):
+    """Numbers that depend on the key, cheaper to compile than `jax.random`."""
+    a, b = jax.random.key_data(key) % 1000
+    return jnp.cos(a + b * jnp.arange(float(math.prod(shape)))).reshape(shape)
 
 
 class Walk(NamedTuple):
@@ -41,10 +48,13 @@ def noisy(rate=0.1):
     """A random walk towards the batch; its state has every kind of leaf."""
 
     def step(key, state, batch):
-        x = state.x - rate * (state.x - batch) + jax.random.uniform(key, state.x.shape)
+        x = state.x - rate * (state.x - batch) + noise(key, state.x.shape)
         y = jnp.tanh(state.y + x)
+        turned = jax.random.wrap_key_data(
+            jax.random.key_data(state.key) + jnp.uint32(1)
+        )
         half = (state.half + 0.1 * x).astype(jnp.bfloat16)
-        state = Walk(x, y, half, jax.random.fold_in(state.key, 1), state.count + 1)
+        state = Walk(x, y, half, turned, state.count + 1)
         return state, metrics(jnp.mean((x - batch) ** 2), x, y)
 
     return dbo.Algorithm(init=lambda x, y: start(x), step=step)
@@ -68,4 +78,4 @@ def exploding(at, what):
 
 
 def sampler(key, step):
-    return jax.random.uniform(jax.random.fold_in(key, step // 3), (4, 3))
+    return noise(key, (4, 3)) + step // 3

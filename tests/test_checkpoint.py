@@ -61,20 +61,21 @@ def path(tmp_path, written):
     return path
 
 
-@pytest.mark.parametrize("steps", [13, 25])
-def test_a_resumed_run_ends_with_the_same_bits(key, path, tmp_path, steps):
-    expected = go(key, steps, None)
-    assert same(go(key, steps, path), expected)
-    assert same(go(key, steps, tmp_path / "other"), expected)
+def test_a_resumed_run_ends_with_the_same_bits(key, path):
+    assert same(go(key, 18, path), go(key, 18, None))
+
+
+def test_writing_checkpoints_changes_nothing(key, tmp_path):
+    assert same(go(key, 10, tmp_path / "run"), go(key, 10, None))
 
 
 def test_an_extended_run_keeps_to_the_grid_of_chunks(key, tmp_path):
-    go(key, 13, tmp_path / "run")
-    state, history = go(key, 22, tmp_path / "run")
-    expected, _ = go(key, 22, None)
+    go(key, 8, tmp_path / "run")
+    state, history = go(key, 15, tmp_path / "run")
+    expected, _ = go(key, 15, None)
     assert bits(state) == bits(expected)
-    assert history.evaluated()["step"].tolist() == [5, 10, 13, 15, 20, 22]
-    assert history["seconds"].shape == (22,)
+    assert history.evaluated()["step"].tolist() == [5, 8, 10, 15]
+    assert history["seconds"].shape == (15,)
     assert (np.diff(history["seconds"]) > 0).all()
 
 

@@ -82,7 +82,9 @@ class History(dict[str, np.ndarray]):
 
 
 def _nulled(column: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(column), column.astype(object), None)
+    nulled = column.astype(object)
+    nulled[~np.isfinite(column)] = None
+    return nulled
 
 
 def _flat(columns: Columns) -> dict[str, np.ndarray]:

@@ -125,7 +125,7 @@ def run(
                 raise _diverged(state, chunk, rows, file, done)
             if evaluate is not None:
                 chunk = history.scored(chunk, evaluate(state), scores)
-                scores = scores | chunk.scores
+                scores = {**scores, **(chunk.scores or {})}
             chunks.append(chunk)
             done += length
             if file is not None:
