@@ -111,7 +111,7 @@ def test_zero_stays_zero(c, key):
     assert (np.asarray(roundtrip(c, key, jnp.zeros(D))) == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @params(CASES)
 def test_dtype_is_kept_and_finite(c, dtype, key):
     v = jnp.asarray(vectors()["gaussian"], dtype)
@@ -121,18 +121,19 @@ def test_dtype_is_kept_and_finite(c, dtype, key):
     assert bool(jnp.isfinite(out).all())
 
 
-@pytest.mark.parametrize("d", [1, 2, 3])
-def test_short_vectors(d, key):
-    fractions = [C.top_k, C.block_top_k, C.random_k, C.strided_random_k]
-    for c in [f(1.0) for f in fractions] + [C.qsgd(1), C.cast(jnp.float32)]:
-        assert np.isfinite(roundtrip(c, key, jnp.arange(1.0, d + 1))).all()
-    for c in [f(k) for f in fractions for k in (1.0, d)]:
-        np.testing.assert_array_equal(
-            roundtrip(c, key, jnp.arange(1.0, d + 1)), np.arange(1.0, d + 1)
-        )
-    one = jnp.array([-3.0])
-    for c in (C.sign(), C.qsgd(1), C.qsgd(100)):
-        assert float(roundtrip(c, key, one)[0]) == -3.0
+@pytest.mark.parametrize("d", [1, 3])
+@pytest.mark.parametrize(
+    "sparsifier", [C.top_k, C.block_top_k, C.random_k, C.strided_random_k]
+)
+def test_all_entries_are_the_vector(sparsifier, d, key):
+    v = np.arange(1.0, d + 1)
+    for c in (sparsifier(1.0), sparsifier(d)):
+        np.testing.assert_array_equal(roundtrip(c, key, jnp.asarray(v)), v)
+
+
+def test_one_entry_is_exact(key):
+    for c in (C.sign(), C.qsgd(1), C.qsgd(100), C.cast(jnp.float32)):
+        assert float(roundtrip(c, key, jnp.array([-3.0]))[0]) == -3.0
 
 
 @params(AS_ONE_VECTOR)

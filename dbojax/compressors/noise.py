@@ -64,7 +64,7 @@ def counter_uniform(key: jax.Array, shape=(), dtype=jnp.float32) -> jax.Array:
 def grid(d: int) -> tuple[int, int]:
     """Sides of a nearly square grid with at least ``d`` cells, few of them too many."""
     side = math.isqrt(d - 1) + 1
-    a = min(range(side, side // 4, -1), key=lambda a: -(-d // a) * a)
+    a = min(range(side, side // 2, -1), key=lambda a: -(-d // a) * a)
     return a, -(-d // a)
 
 
@@ -79,7 +79,7 @@ def distinct(seed: jax.Array, k: int, d: int) -> jax.Array:
     Args:
         seed: (2,) uint32.
         k: how many, at most ``d``.
-        d: below 2^31.
+        d: at most 2^30.
 
     Returns:
         Indices (k,) int32 without repeats; the same for the same seed.
@@ -91,15 +91,22 @@ def distinct(seed: jax.Array, k: int, d: int) -> jax.Array:
     a, b = grid(d)
     keys = hashed(seed, jax.lax.iota(jnp.uint32, 5))
 
+    def below(bound, h):  # the upper half of a word, scaled: no division
+        return ((h >> 16) * np.uint32(bound)) >> 16
+
     def add_modulo(i, j, modulus):  # i, j < modulus
         total = i + j
         return jnp.where(total >= modulus, total - np.uint32(modulus), total)
 
+    def two_rounds(r, sides):
+        left, right = sides
+        left = add_modulo(left, below(a, mix(right + keys[2 * r])), a)
+        return left, add_modulo(right, below(b, mix(left + keys[2 * r + 1])), b)
+
     def permuted(i):
-        left, right = i // np.uint32(b), i % np.uint32(b)
-        for r in (0, 2):
-            left = add_modulo(left, mix(right + keys[r]) % np.uint32(a), a)
-            right = add_modulo(right, mix(left + keys[r + 1]) % np.uint32(b), b)
+        sides = i // np.uint32(b), i % np.uint32(b)
+        # A loop, lest the compiler computes an index anew at each of its uses.
+        left, right = jax.lax.fori_loop(0, 2, two_rounds, sides)
         return left * np.uint32(b) + right
 
     found = permuted(jax.lax.iota(jnp.uint32, k))
