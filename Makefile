@@ -20,4 +20,6 @@ notebooks:
 	python=$$($(ENV) test) && $$python -m pytest -q --nbmake notebooks/*.ipynb
 
 bench:
-	$(PYTHON) benchmarks/compare.py
+	$(PYTHON) benchmarks/product.py
+	$(PYTHON) benchmarks/oracle_complexity.py
+	$(PYTHON) benchmarks/speed/run_overhead.py
