@@ -22,4 +22,4 @@ notebooks:
 bench:
 	$(PYTHON) benchmarks/product.py
 	$(PYTHON) benchmarks/oracle_complexity.py
-	$(PYTHON) benchmarks/speed/run_overhead.py
+	$(PYTHON) benchmarks/run_overhead.py

@@ -264,13 +264,13 @@ def test_fresh_batches_reach_every_inner_round():
         upper_step=0.05,
         lower_step=0.05,
     )
-    state = toys.start(task, method)
+    state, step = toys.start(task, method), jax.jit(method.step)
     same = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), task.batch)
-    plain, _ = method.step(jax.random.key(0), state, task.batch)
-    fresh, _ = method.step(jax.random.key(0), state, dbo.Rounds(task.batch, same))
+    plain, _ = step(jax.random.key(0), state, task.batch)
+    fresh, _ = step(jax.random.key(0), state, dbo.Rounds(task.batch, same))
     chex.assert_trees_all_close(fresh, plain, atol=1e-14)
     scaled = jax.tree.map(lambda leaf: leaf.at[2].multiply(2.0), same)
-    other, _ = method.step(jax.random.key(0), state, dbo.Rounds(task.batch, scaled))
+    other, _ = step(jax.random.key(0), state, dbo.Rounds(task.batch, scaled))
     np.testing.assert_allclose(other.x, plain.x)
     assert not np.allclose(other.y, plain.y)
 

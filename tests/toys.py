@@ -79,6 +79,12 @@ def graphs():
     }
 
 
+def star_cover(first, second):
+    """Pairs of names: all of `first` with one of `second`, and the other way round."""
+    a, b = list(first), list(second)
+    return [(x, b[0]) for x in a] + [(a[1], y) for y in b[1:]]
+
+
 def strategies():
     """Factories of every strategy: (channel, optimizer) -> Strategy."""
     s = dbo.strategies

@@ -1,6 +1,6 @@
 """What `dbo.run` costs beside one bare compiled scan of the same steps.
 
-    python benchmarks/speed/run_overhead.py
+    python benchmarks/run_overhead.py
 
 Both sides do the same steps with the same keys and the same metrics; the bare scan is
 one donated program over all steps, the run is cut into chunks of `every`. They take
@@ -8,55 +8,36 @@ turns, each is blocked on the device, and compile time is apart: the run's own r
 it is taken off its wall clock, so that checks, copies and history are all paid for.
 """
 
-import argparse
-import functools
-import time
+from environment import ensure
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+ensure([])
 
-import dbojax as dbo
-from dbojax.base import Consensus
+import argparse  # noqa: E402
+import functools  # noqa: E402
+import time  # noqa: E402
 
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 
-def quadratic(w: jax.Array, d: int, rounds: int) -> dbo.Algorithm:
-    """Noisy gossip-gradient steps, `rounds` on y and one on x."""
-
-    def init(x, y):
-        return {"x": x, "y": y}
-
-    def step(key, state, batch):
-        x, y = state["x"], state["y"]
-        noise = 0.01 * jax.random.normal(key, y.shape)
-
-        def one(y, _):
-            return w @ y - 0.1 * (y @ batch["a"] - x + noise), None
-
-        y, _ = jax.lax.scan(one, y, None, length=rounds)
-        direction = 0.1 * x + y - batch["target"]
-        x = w @ x - 0.05 * direction
-        metrics = dbo.Metrics(
-            upper=0.5 * jnp.mean(jnp.sum((y - batch["target"]) ** 2, axis=1)),
-            hypergrad_norm=jnp.linalg.norm(dbo.node_mean(direction)),
-            consensus=Consensus(
-                dbo.consensus_error(x), dbo.consensus_error(y), jnp.zeros(())
-            ),
-            traffic=dbo.Traffic(message=4 * d, total=4 * d * 2 * len(x), rounds=1),
-            calls=dbo.Calls(gradients=rounds + 1),
-        )
-        return {"x": x, "y": y}, metrics
-
-    return dbo.Algorithm(init, step)
+import dbojax as dbo  # noqa: E402
 
 
-def task(n: int, d: int, rounds: int):
-    rng = np.random.default_rng(0)
-    w = np.eye(n) / 2 + (np.roll(np.eye(n), 1, 0) + np.roll(np.eye(n), -1, 0)) / 4
-    a = np.eye(d) + np.diag(rng.uniform(0, 1, d))
-    batch = {"a": a.astype("f"), "target": rng.normal(size=(n, d)).astype("f")}
-    method = quadratic(jnp.asarray(w, jnp.float32), d, rounds)
-    return method, method.init(jnp.zeros((n, d)), jnp.zeros((n, d))), batch
+def tiny(n: int, d: int, rounds: int):
+    """C²DFB with dense messages on small quadratics: (method, start, batch)."""
+    task = dbo.tasks.quadratic(n=n, dx=d, dy=d)
+    ring = dbo.mixing.mixer(dbo.topology.metropolis(dbo.topology.ring(n)))
+    wire = dbo.channels.exact(ring, gamma=0.6)
+    method = dbo.algorithms.c2dfb(
+        task.problem,
+        outer=wire,
+        inner=wire,
+        inner_steps=rounds,
+        upper_step=0.05,
+        lower_step=0.05,
+    )
+    start = dbo.replicate(task.x0, n), dbo.replicate(task.y0, n)
+    return method, method.init(*start), task.batch
 
 
 def bare(method, state, batch, key, steps: int):
@@ -101,8 +82,8 @@ def quartiles(values) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", type=int, default=16)
-    parser.add_argument("--dim", type=int, default=100)
+    parser.add_argument("--nodes", type=int, default=10)
+    parser.add_argument("--dim", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=50)
@@ -110,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
 
     key = jax.random.key(0)
-    method, state, batch = task(args.nodes, args.dim, args.rounds)
+    method, state, batch = tiny(args.nodes, args.dim, args.rounds)
     floor = bare(method, state, batch, key, args.steps)
     ours = chunked(method, state, batch, key, args.steps, args.every)
     floor(), ours()
