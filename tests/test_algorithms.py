@@ -273,6 +273,9 @@ def test_fresh_batches_reach_every_inner_round():
     other, _ = step(jax.random.key(0), state, dbo.Rounds(task.batch, scaled))
     np.testing.assert_allclose(other.x, plain.x)
     assert not np.allclose(other.y, plain.y)
+    few = jax.tree.map(lambda leaf: leaf[:2], same)
+    with pytest.raises(ValueError, match=r"repeats 3 times, but .* holds only 2"):
+        step(jax.random.key(0), state, dbo.Rounds(task.batch, few))
 
 
 def test_metrics_tell_the_truth():

@@ -104,11 +104,11 @@ def compose(problem: Problem, oracle: Oracle, *phases: Phase) -> Algorithm:
     def step(key, state, batch):
         traffic, calls, norm = Traffic(), Calls(), None
         for phase, key_phase in zip(phases, _split(key, len(phases)), strict=True):
-            state, sent, norms = _run_phase(oracle, phase, key_phase, state, batch)
+            state, sent, phase_norm = _run_phase(oracle, phase, key_phase, state, batch)
             traffic += sent * phase.times
             costs = (oracle.calls[_LEVELS.index(name)] for name in phase.moves)
             calls += sum(costs, start=Calls()) * phase.times
-            norm = norms if phase.x is not None else norm
+            norm = phase_norm if phase.x is not None else norm
         state = state._replace(step=state.step + 1)
         return state, _metrics(problem, state, batch, norm, traffic, calls)
 
@@ -134,15 +134,14 @@ def _split(key, count):
 
 def _run_phase(
     oracle, phase, key, state, batch
-) -> tuple[BilevelState, Traffic, jax.Array]:
-    """All rounds of a phase; returns the traffic of one round and the last norm."""
+) -> tuple[BilevelState, Traffic, jax.Array | None]:
+    """All rounds of a phase; also the traffic of one and, if x moves, the last norm."""
     if phase.restart:
         fresh = {n: s.init(getattr(state, n)) for n, s in phase.moves.items()}
         state = state._replace(strategies=state.strategies | fresh)
     inner = None
     if isinstance(batch, Rounds):
-        inner = jax.tree.map(lambda leaf: leaf[: phase.times], batch.inner)
-        batch = batch.outer
+        inner, batch = _first_rounds(batch.inner, phase.times), batch.outer
     if phase.times == 1:
         return _round(oracle, phase, key, state, batch)
 
@@ -154,7 +153,18 @@ def _run_phase(
 
     keys = jax.random.split(key, phase.times)
     state, (traffic, norms) = jax.lax.scan(body, state, (keys, inner))
-    return state, traffic, norms[-1]
+    return state, traffic, None if norms is None else norms[-1]
+
+
+def _first_rounds(inner, times):
+    held = trees.num_nodes(inner, "Rounds.inner")
+    if held < times:
+        raise ValueError(
+            f"A phase repeats {times} times, but `Rounds.inner` holds only {held} "
+            f"batches on axis 0. Draw {times}, e.g. with "
+            f"`dbo.tasks.samplers.fresh_rounds(sampler, {times})`."
+        )
+    return jax.tree.map(lambda leaf: leaf[:times], inner)
 
 
 def _round(oracle, phase, key, state, batch):
@@ -171,7 +181,9 @@ def _round(oracle, phase, key, state, batch):
         )
         traffic |= sent
     state = state._replace(memory=memory, strategies=strategies, **moved)
-    return state, traffic, trees.norm(trees.node_mean(directions["x"]))
+    moves_x = "x" in phase.moves
+    norm = trees.norm(trees.node_mean(directions["x"])) if moves_x else None
+    return state, traffic, norm
 
 
 def _metrics(problem, state, batch, norm, traffic, calls) -> Metrics:
