@@ -219,6 +219,22 @@ def header():
     )
 
 
+def summary(rows):
+    """Markdown: the range of floors of each strategy over each channel."""
+    yield "| strategy | " + " | ".join(channels()) + " |"
+    yield "| --- |" + " ---: |" * len(channels())
+    for strategy in strategies():
+        cells = []
+        for channel in channels():
+            found = [
+                row["hypergrad"]
+                for row in rows
+                if (row["strategy"], row["channel"]) == (strategy, channel)
+            ]
+            cells.append(f"{min(found):.0e} to {max(found):.0e}" if found else "")
+        yield "| " + " | ".join([strategy, *cells]) + " |"
+
+
 def table(rows):
     """Markdown: one line per method, a column of floors per graph."""
     names = [g for g in graphs() if any(row["graph"] == g for row in rows)]
@@ -253,6 +269,10 @@ def main():
         f"{UPPER} / smoothness of Psi and {LOWER} / largest smoothness of a local g. "
         "Cells: true hypergradient norm at the mean of x / disagreement of x, y and z; "
         "bytes: one node, one link, one step.",
+        "",
+        "Range of the norm over compressors and graphs:",
+        "",
+        *summary(rows),
         "",
         *table(rows),
     ]

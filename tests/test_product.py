@@ -30,7 +30,10 @@ STEPS = 4000
 UPPER, LOWER = 0.05, 0.3  # steps over 1 / smoothness of Psi and of the local g
 TOLERANCE = 1e-6
 # A small program is compiled faster than it is optimised.
-QUICK = {"xla_llvm_disable_expensive_passes": True}
+QUICK = {
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_backend_optimization_level": 0,
+}
 
 
 def _step_sizes(scale=1.0):
