@@ -1,0 +1,291 @@
+"""Every strategy over every channel, compressor and graph, on one problem.
+
+    python benchmarks/product.py           # the full product
+    python benchmarks/product.py --fast    # a pairwise cover of it
+
+The problem is a small heterogeneous quadratic with its closed form, in float64, with
+full batches and all three variables moving at once. The three compared numbers are the
+true hypergradient norm at the mean of x at the end (a floor: a method without bias goes
+on to zero), the disagreement of the nodes, and the bytes that one node puts on one link
+per step. Step sizes come from the problem's smoothness, and each channel has one
+consensus step: nothing is tuned per case.
+"""
+
+from environment import ensure
+
+ensure([])
+
+import argparse
+import csv
+import functools
+import itertools
+import os
+import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dbojax as dbo
+
+jax.config.update("jax_enable_x64", True)
+
+NODES, DX, DY = 6, 3, 5
+STEPS = 4000
+UPPER, LOWER = 0.05, 0.3  # step sizes over 1 / smoothness of Psi and of the local g
+GAMMA = {"exact": 1.0, "reference_point": 0.4, "error_feedback": 0.4}
+COLUMNS = (
+    "strategy",
+    "channel",
+    "compressor",
+    "graph",
+    "hypergrad",
+    "consensus",
+    "bytes",
+    "rounds",
+)
+
+
+def strategies():
+    """(channel, optimizer) -> Strategy."""
+    s = dbo.strategies
+    return {
+        "diffusion_cta": s.diffusion_cta,
+        "diffusion_atc": s.diffusion_atc,
+        "tracking": s.gradient_tracking,
+        "tracking_semi_atc": s.gradient_tracking_semi_atc,
+        "tracking_atc": s.gradient_tracking_atc,
+        "moving_average": lambda channel, tx: s.moving_average(
+            s.gradient_tracking(channel, tx), 0.5
+        ),
+        "allreduce": s.allreduce,
+    }
+
+
+def channels():
+    """(mix, compressor) -> Channel."""
+    c, gamma = dbo.channels, GAMMA
+    return {
+        "exact": lambda mix, compressor: c.exact(mix, gamma["exact"]),
+        "reference_point": functools.partial(
+            c.reference_point, gamma=gamma["reference_point"]
+        ),
+        "error_feedback": functools.partial(
+            c.error_feedback, gamma=gamma["error_feedback"]
+        ),
+    }
+
+
+def compressors():
+    """Those that declare a contraction."""
+    c = dbo.compressors
+    return {
+        "identity": c.identity(),
+        "top_k": c.top_k(0.4),
+        "block_top_k": c.block_top_k(0.4),
+        "random_k": c.scaled(c.random_k(0.4)),
+        "strided_random_k": c.scaled(c.strided_random_k(0.4)),
+        "qsgd": c.scaled(c.qsgd(16)),
+        "sign": c.sign(),
+        "float16": c.cast(jnp.float16),
+        "top_k of qsgd": c.composed(c.top_k(0.6), c.scaled(c.qsgd(16))),
+    }
+
+
+def graphs():
+    """Mixing matrices."""
+    t, n = dbo.topology, NODES
+    return {
+        "ring": t.metropolis(t.ring(n)),
+        "star": t.metropolis(t.star(n)),
+        "complete": np.full((n, n), 1 / n),
+        "exponential": t.uniform(t.exponential(n)),
+        "erdos_renyi": t.metropolis(t.erdos_renyi(n, 0.5, seed=2)),
+    }
+
+
+def product():
+    """All cases that make sense, as (strategy, channel, compressor, graph)."""
+    none, names = ["-"], list(graphs())
+    for strategy, channel in itertools.product(strategies(), channels()):
+        for case in itertools.product(
+            [strategy], [channel], none if channel == "exact" else compressors(), names
+        ):
+            # All-reduce is defined by a channel that returns the mean.
+            if strategy != "allreduce" or case[1:] == ("exact", "-", "complete"):
+                yield case
+
+
+def pairs(case):
+    return set(itertools.combinations(enumerate(case), 2))
+
+
+def cover(cases):
+    """A subset in which every pair of parts meets that meets in ``cases``; greedy."""
+    cases = list(cases)
+    order = np.random.default_rng(0).permutation(len(cases))
+    left, kept = set().union(*map(pairs, cases)), []
+    while left:
+        best = max((cases[i] for i in order), key=lambda case: len(pairs(case) & left))
+        kept.append(best)
+        left -= pairs(best)
+    return sorted(kept, key=cases.index)
+
+
+def step_sizes(task):
+    """Fractions of the inverse smoothness of Psi and of the least smooth node's g."""
+    psi = np.linalg.eigvalsh(jax.hessian(task.exact.value)(task.x0)).max()
+    return UPPER / psi, LOWER / np.linalg.eigvalsh(task.batch.lower.a).max()
+
+
+def solve(task, w, strategy, channel, compressor):
+    """Rows of the table for one method on all graphs of ``w``, in one program."""
+    upper, lower = step_sizes(task)
+
+    def build(w):
+        mix = dbo.mixing.dense(w)
+        wire = channels()[channel](mix, compressors().get(compressor))
+        move = strategies()[strategy]
+        below = move(wire, optax.sgd(lower))
+        return dbo.algorithms.compose(
+            task.problem,
+            dbo.oracles.soba(task.problem),
+            dbo.algorithms.Phase(x=move(wire, optax.sgd(upper)), y=below, z=below),
+        )
+
+    method = dbo.sweep(build, jnp.asarray(np.stack(list(w.values()))), batch_axis=None)
+    stacked = [
+        dbo.replicate(dbo.replicate(v, task.n), len(w)) for v in (task.x0, task.y0)
+    ]
+
+    def step(state, key):
+        state, metrics = method.step(key, state, task.batch)
+        return state, metrics.traffic
+
+    def run(key):
+        keys = jax.random.split(key, STEPS)
+        state, traffic = jax.lax.scan(step, method.init(*stacked), keys)
+        return state, traffic
+
+    # Nearly all time goes into compilation, and the arrays are tiny.
+    quick = {"xla_llvm_disable_expensive_passes": True}
+    program = jax.jit(run, compiler_options=quick)
+    state, traffic = program(jax.random.key(0))
+    for index, graph in enumerate(w):
+        x, y, z = (v[index] for v in (state.x, state.y, state.z))
+        yield {
+            "strategy": strategy,
+            "channel": channel,
+            "compressor": compressor,
+            "graph": graph,
+            "hypergrad": float(
+                jnp.linalg.norm(task.exact.hypergradient(dbo.node_mean(x)))
+            ),
+            "consensus": float(dbo.consensus_error((x, y, z))),
+            "bytes": traffic.message,
+            "rounds": traffic.rounds,
+        }
+
+
+def solve_all(task, cases):
+    """Rows of all cases; one program per method, two compiled at a time."""
+    w, wanted = graphs(), {}
+    for *method, graph in cases:
+        wanted.setdefault(tuple(method), []).append(graph)
+
+    def one(method):
+        chosen = {graph: w[graph] for graph in wanted[method]}
+        return list(solve(task, chosen, *method))
+
+    rows = []
+    with ThreadPoolExecutor(2) as pool:
+        for done, found in enumerate(pool.map(one, wanted), 1):
+            rows += found
+            print(f"{done} of {len(wanted)} programs", flush=True)
+    return rows
+
+
+def header():
+    """Versions and device, for the head of a table."""
+    device = jax.devices()[0]
+    return (
+        f"dbojax {dbo.__version__}, jax {jax.__version__}, optax {optax.__version__}, "
+        f"Python {platform.python_version()}; {device.device_kind} "
+        f"({os.cpu_count()} cores), float64"
+    )
+
+
+def summary(rows):
+    """Markdown: the range of floors of each strategy over each channel."""
+    yield "| strategy | " + " | ".join(channels()) + " |"
+    yield "| --- |" + " ---: |" * len(channels())
+    for strategy in strategies():
+        cells = []
+        for channel in channels():
+            found = [
+                row["hypergrad"]
+                for row in rows
+                if (row["strategy"], row["channel"]) == (strategy, channel)
+            ]
+            cells.append(f"{min(found):.0e} to {max(found):.0e}" if found else "")
+        yield "| " + " | ".join([strategy, *cells]) + " |"
+
+
+def table(rows):
+    """Markdown: one line per method, a column of floors per graph."""
+    names = [g for g in graphs() if any(row["graph"] == g for row in rows)]
+    yield "| strategy | channel | compressor | bytes | " + " | ".join(names) + " |"
+    yield "| --- | --- | --- | ---: |" + " ---: |" * len(names)
+    for method, group in itertools.groupby(rows, lambda row: list(row.values())[:3]):
+        found = {row["graph"]: row for row in group}
+        size = next(iter(found.values()))["bytes"]
+        cells = [
+            f"{found[g]['hypergrad']:.0e} / {found[g]['consensus']:.0e}"
+            if g in found
+            else ""
+            for g in names
+        ]
+        yield "| " + " | ".join([*method, f"{size}", *cells]) + " |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fast", action="store_true", help="a pairwise cover only")
+    parser.add_argument("--csv", type=Path, default=Path("results/product.csv"))
+    parser.add_argument("--markdown", type=Path, help="write the table here as well")
+    arguments = parser.parse_args()
+    begin = time.perf_counter()
+    task = dbo.tasks.quadratic(n=NODES, dx=DX, dy=DY, seed=1)
+    cases = cover(product()) if arguments.fast else list(product())
+    rows = solve_all(task, cases)
+    lines = [
+        f"{header()}.",
+        "",
+        f"{len(rows)} cases, {STEPS} steps; consensus steps {GAMMA}; step sizes "
+        f"{UPPER} / smoothness of Psi and {LOWER} / largest smoothness of a local g. "
+        "Cells: true hypergradient norm at the mean of x / disagreement of x, y and z; "
+        "bytes: one node, one link, one step.",
+        "",
+        "Range of the norm over compressors and graphs:",
+        "",
+        *summary(rows),
+        "",
+        *table(rows),
+    ]
+    print("\n".join(["", *lines]))
+    print(f"\nTotal {time.perf_counter() - begin:.0f} s, compilation included.")
+    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.csv.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    if arguments.markdown:
+        arguments.markdown.write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
