@@ -11,22 +11,22 @@ from environment import ensure
 
 ensure(["tasks", "run", "plots"])
 
-import argparse  # noqa: E402
-import functools  # noqa: E402
-import itertools  # noqa: E402
-import platform  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import functools
+import itertools
+import platform
+from pathlib import Path
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import matplotlib  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-import dbojax as dbo  # noqa: E402
+import dbojax as dbo
 
 NODES, HETEROGENEITY = 10, 0.8
 UPPER_STEPS, LOWER_STEPS = (1.0, 10.0, 100.0, 1000.0), (0.03, 0.1, 0.3, 1.0, 3.0)

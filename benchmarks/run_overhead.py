@@ -12,15 +12,15 @@ from environment import ensure
 
 ensure([])
 
-import argparse  # noqa: E402
-import functools  # noqa: E402
-import time  # noqa: E402
+import argparse
+import functools
+import time
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-import dbojax as dbo  # noqa: E402
+import dbojax as dbo
 
 
 def tiny(n: int, d: int, rounds: int):
