@@ -215,8 +215,9 @@ def allreduce(channel: Channel, optimizer: optax.GradientTransformation) -> Stra
 
     Args:
         channel: one that returns the mean to every node, e.g.
-            ``dbo.channels.exact(dbo.mixing.averaging(n))``; over any other graph the
-            directions are only mixed once and the nodes drift apart.
+            ``dbo.channels.exact(dbo.mixing.averaging(n))``. Any other only mixes the
+            directions once and never the values: the nodes drift apart, and a bilevel
+            loop then diverges.
         optimizer: local step along the average.
 
     Returns:
