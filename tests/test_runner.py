@@ -77,7 +77,7 @@ def test_the_chunk_length_does_not_matter(key, x):
         # A chunk of one step may be compiled otherwise: same numbers, not same bits.
         chex.assert_trees_all_close(bits(found[0]), bits(expected[0]), rtol=1e-12)
         for name in found[1].keys() - {"seconds"}:
-            np.testing.assert_allclose(found[1][name], expected[1][name], rtol=1e-12)
+            np.testing.assert_allclose(found[1][name], expected[1][name], 1e-12, 1e-12)
 
 
 def test_another_key_gives_another_run(key, x, batch):
