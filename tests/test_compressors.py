@@ -37,6 +37,18 @@ CONTRACTIONS = {name: c for name, c in CASES.items() if c.delta}
 UNBIASED = {name: c for name, c in CASES.items() if c.omega}
 WITH_ADD = {name: c for name, c in CASES.items() if c.add}
 AS_ONE_VECTOR = {name: c for name, c in CASES.items() if "per_leaf" not in name}
+KINDS = (
+    "top_k",
+    "block_top_k",
+    "random_k",
+    "strided_random_k",
+    "qsgd7",
+    "sign",
+    "bfloat16",
+    "top_k_then_qsgd",
+    "per_leaf_qsgd",
+)
+EACH_KIND = {name: CASES[name] for name in KINDS}
 RANDOM = ["random_k", "strided_random_k", "qsgd7", "scaled_qsgd", "random_k_then_qsgd"]
 D = 23
 
@@ -112,7 +124,7 @@ def test_zero_stays_zero(c, key):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@params(CASES)
+@params(EACH_KIND)
 def test_dtype_is_kept_and_finite(c, dtype, key):
     v = jnp.asarray(vectors()["gaussian"], dtype)
     out = roundtrip(c, key, v)
@@ -144,9 +156,9 @@ def test_tree_is_its_raveled_vector(c, key):
     np.testing.assert_array_equal(flat, roundtrip(c, key, v))
 
 
-@params(CASES)
+@params(EACH_KIND)
 def test_transforms_change_nothing(c, key):
-    """jit, vmap over nodes and scan over steps give the bits of a plain loop."""
+    """vmap over nodes and scan over steps give what a plain loop gives."""
     v = jnp.asarray(np.stack(list(vectors().values())))
     keys = jax.random.split(key, len(v))
     plain = np.stack([roundtrip(c, k, row) for k, row in zip(keys, v, strict=True)])
@@ -157,8 +169,6 @@ def test_transforms_change_nothing(c, key):
         return memory, c.decompress(payload, inputs[1])
 
     scanned = jax.lax.scan(step, c.init(v[0]), (keys, v))[1]
-    eager = roundtrip.__wrapped__(c, keys[0], v[0])
-    np.testing.assert_allclose(eager, plain[0], rtol=1e-12)
     np.testing.assert_allclose(lifted, plain, rtol=1e-12)
     np.testing.assert_allclose(scanned, plain, rtol=1e-12)
 

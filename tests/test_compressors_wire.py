@@ -151,8 +151,8 @@ def test_qsgd_against_numpy(levels, d, key):
     np.testing.assert_allclose(c.decompress(payload, jnp.asarray(v)), want, rtol=1e-9)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 5, 8, 11, 16])
-@pytest.mark.parametrize("d", [1, 31, 32, 33, 1000])
+@pytest.mark.parametrize("bits", [1, 3, 8, 11])
+@pytest.mark.parametrize("d", [1, 33, 1000])
 def test_pack_and_unpack(bits, d):
     codes = np.random.default_rng(d).integers(0, 2**bits, d)
     words = quantised.pack(jnp.asarray(codes), bits)
