@@ -143,6 +143,8 @@ class Mix(NamedTuple):
     weights: jax.Array  # (n, K), the entries of W that belong to `exchange`
     links: int  # directed edges that carry a message
     lift: Callable[[Callable], Callable]  # f on one node -> f on the node axis
+    # Whether `apply` may act on what the nodes hold, not only on what they send.
+    local: bool = True
 
 
 class Channel(NamedTuple):
