@@ -110,6 +110,38 @@ def test_the_running_sum_is_the_mixed_copies(name, graph, key):
     _close(state.mixed_hat, mixed)
 
 
+@pytest.mark.parametrize("length", [20, 400], ids=["mixed", "scattered"])
+def test_running_sums_forget_their_rounding_errors(length, key):
+    """Else trackers add them up: a drift of the mean that never ends in float32."""
+    mix = dbo.mixing.mixer(GRAPHS["erdos_renyi"])
+    channel = dbo.channels.reference_point(mix, dbo.compressors.top_k(2), 0.1)
+    v = 1e3 * jax.random.normal(key, (toys.N, length), jnp.float32)
+
+    def send(state, inputs):
+        v, key = inputs
+        return channel.send(key, v, state)[1], None
+
+    values = jnp.concatenate([jnp.stack([v] * 100), jnp.zeros((1500, *v.shape))])
+    keys = jax.random.split(key, len(values))
+    state, _ = jax.lax.scan(send, channel.init(0 * v), (values.astype(v.dtype), keys))
+    assert not state.hat.any()
+    assert not state.mixed_hat.any()
+
+
+def test_distributed_copies_are_not_mixed_anew(key):
+    """A mix that can act on messages alone keeps the running sum, and it is right."""
+    w = GRAPHS["erdos_renyi"]
+    whole = dbo.mixing.mixer(w)
+    for kept in (2, 0.5):
+        top = dbo.compressors.top_k(kept)
+        a, b = (
+            dbo.channels.reference_point(mix, top, 0.3)
+            for mix in (whole, whole._replace(local=False))
+        )
+        v = jax.random.normal(key, (toys.N, 200))
+        _close(_gossip(a, v, 20, key), _gossip(b, v, 20, key))
+
+
 def test_sparse_messages_are_added_without_a_dense_detour(key):
     """Both ways of adding give the same numbers; sparse ones only scatter."""
     mix = dbo.mixing.mixer(GRAPHS["ring"])
