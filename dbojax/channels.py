@@ -243,7 +243,9 @@ def _relax(v, hat, mixed_hat, gamma):
     """``v + gamma (mixed_hat - hat)``; just ``mixed_hat`` where that is the same."""
     if hat is v and isinstance(gamma, int | float) and gamma == 1:
         return mixed_hat
-    return jax.tree.map(lambda a, h, m: a + gamma * (m - h), v, hat, mixed_hat)
+    return jax.tree.map(
+        lambda a, h, m: a + trees.times(gamma, m - h), v, hat, mixed_hat
+    )
 
 
 def _traffic(mix, payload) -> Traffic:

@@ -273,7 +273,9 @@ def moving_average(strategy: Strategy, weight: float) -> Strategy:
     def update(key, v, direction, state, mask=None):
         trees.check_like(direction, v, "direction", "v")
         average = jax.tree.map(
-            lambda r, d: (1 - weight) * r + weight * d, state.average, direction
+            lambda r, d: trees.times(1 - weight, r) + trees.times(weight, d),
+            state.average,
+            direction,
         )
         v, memory, traffic = strategy.update(key, v, average, state.strategy, mask)
         return v, AverageState(average, memory), traffic
@@ -281,8 +283,9 @@ def moving_average(strategy: Strategy, weight: float) -> Strategy:
     return Strategy(init, update)
 
 
-def _add(a, b):
-    return jax.tree.map(jnp.add, a, b)
+def _add(v, change):
+    # A step size may be a float64 scalar; the variable keeps its dtype.
+    return jax.tree.map(lambda a, b: (a + b).astype(a.dtype), v, change)
 
 
 def _local_step(optimizer, direction, opt_state, v):

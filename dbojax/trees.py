@@ -108,7 +108,7 @@ def consensus_error(tree: Tree) -> jax.Array:
         tree: stacked values, ``(n, ...)``; an empty tree counts as agreed.
 
     Returns:
-        A scalar, zero if and only if all nodes hold the same value.
+        A scalar, zero (to rounding) if and only if all nodes hold the same value.
 
     Examples:
         >>> float(consensus_error(jnp.array([[1.0], [3.0]]))) == 2**0.5
@@ -120,7 +120,15 @@ def consensus_error(tree: Tree) -> jax.Array:
 
 def norm(tree: Tree) -> jax.Array:
     """Euclidean norm over all leaves; zero for an empty tree."""
-    squares = [jnp.vdot(leaf, leaf).real for leaf in jax.tree.leaves(tree)]
+
+    def square(leaf):
+        # Squares of float16 overflow early, and a GPU may shorten those of float32.
+        wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        return jnp.vdot(
+            leaf, leaf, precision="highest", preferred_element_type=wide
+        ).real
+
+    squares = map(square, jax.tree.leaves(tree))
     return jnp.sqrt(sum(squares, start=jnp.zeros(())))
 
 
@@ -144,6 +152,11 @@ def nbytes(tree: Tree) -> int:
     return sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
     )
+
+
+def times(scalar: float | jax.Array, leaf: jax.Array) -> jax.Array:
+    """``scalar * leaf`` in the dtype of the leaf, whatever that of the scalar."""
+    return jnp.asarray(scalar, leaf.dtype) * leaf
 
 
 def ravel(tree: Tree) -> jax.Array:

@@ -296,6 +296,42 @@ def test_metrics_tell_the_truth():
     )
 
 
+SETTINGS = {
+    "NumPy float64": np.float64,
+    "JAX float64": lambda value: jnp.asarray([value], jnp.float64)[0],
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_no_setting_changes_the_dtype_of_the_state(kind, key):
+    task, number = toys.task(), SETTINGS[kind]
+    wire = _channel("ring", "exact", number(0.5))
+    penalised = dbo.algorithms.c2dfb(
+        task.problem,
+        outer=wire,
+        inner=wire,
+        penalty=number(10.0),
+        upper_step=number(0.05),
+        lower_step=number(0.05),
+    )
+    averaged = dbo.algorithms.ma_dsbo(
+        task.problem,
+        channel=wire,
+        upper_step=number(0.05),
+        lower_step=number(0.05),
+        linear_step=number(0.05),
+        average=number(0.3),
+    )
+    short, batch = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32),
+        ((task.x0, task.y0), task.batch),
+    )
+    for method in (penalised, averaged):
+        state = method.init(*dbo.replicate(short, toys.N))
+        after, _ = jax.eval_shape(method.step, key, state, batch)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
 def test_bad_compositions_are_refused():
     task, channel = toys.task(), _channel("ring", "exact")
     compose, phase = dbo.algorithms.compose, dbo.algorithms.Phase

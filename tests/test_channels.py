@@ -142,6 +142,19 @@ def test_distributed_copies_are_not_mixed_anew(key):
         _close(_gossip(a, v, 20, key), _gossip(b, v, 20, key))
 
 
+@pytest.mark.parametrize("kind", ["exact", *LOSSY])
+def test_no_setting_changes_the_dtype(kind, key):
+    mix, v = dbo.mixing.mixer(GRAPHS["ring"]), jnp.ones((toys.N, 8), jnp.float32)
+    for gamma in (0.5, np.float64(0.5), jnp.asarray([0.5], jnp.float64)[0]):
+        if kind == "exact":
+            channel = dbo.channels.exact(mix, gamma)
+        else:
+            channel = LOSSY[kind](mix, dbo.compressors.top_k(2), gamma)
+        held, state, _ = channel.send(key, v, channel.init(v))
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves((held, state))}
+        assert dtypes == {np.dtype("float32")}
+
+
 def test_sparse_messages_are_added_without_a_dense_detour(key):
     """Both ways of adding give the same numbers; sparse ones only scatter."""
     mix = dbo.mixing.mixer(GRAPHS["ring"])

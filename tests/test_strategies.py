@@ -171,3 +171,9 @@ def test_bad_input_says_what_to_write():
         move.update(jax.random.key(0), v, wrong, move.init(v))
     with pytest.raises(ValueError, match="0 < weight <= 1, got 0"):
         dbo.strategies.moving_average(move, 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_norms_are_wide_enough_for_short_floats(dtype):
+    v = {"a": jnp.full((3, 4), 300.0, dtype)}
+    assert float(dbo.trees.norm(v)) == pytest.approx(300 * 12**0.5, rel=1e-6)
