@@ -296,6 +296,31 @@ def test_metrics_tell_the_truth():
     )
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_state_can_be_donated(name, key):
+    task = toys.task()
+    method = METHODS[name](task, _channel("ring", "reference"))
+    state = toys.start(task, method)
+    jax.jit(method.step, donate_argnums=1)(key, state, task.batch)
+    assert state.x.is_deleted()
+
+
+def test_a_start_of_plain_numbers_is_traced_once(key):
+    problem = dbo.Problem(lambda x, y, b: x**2 + y**2, lambda x, y, b: (y - x) ** 2)
+    mix, top = dbo.mixing.mixer(GRAPHS["ring"]), dbo.compressors.top_k(1)
+    method = dbo.algorithms.c2dfb(
+        problem,
+        outer=dbo.channels.exact(mix),
+        inner=dbo.channels.reference_point(mix, top, 0.3),
+        upper_step=0.1,
+        lower_step=0.1,
+    )
+    state = method.init(dbo.replicate(1.0, toys.N), dbo.replicate(1.0, toys.N))
+    step = jax.jit(chex.assert_max_traces(method.step, n=1))
+    for _ in range(3):
+        state, _ = step(key, state, None)
+
+
 SETTINGS = {
     "NumPy float64": np.float64,
     "JAX float64": lambda value: jnp.asarray([value], jnp.float64)[0],

@@ -99,7 +99,8 @@ def compose(problem: Problem, oracle: Oracle, *phases: Phase) -> Algorithm:
             for phase in phases
             for name, strategy in phase.moves.items()
         }
-        return BilevelState(x, y, z, memory, strategies, jnp.zeros((), jnp.int32))
+        step = jnp.zeros((), jnp.int32)
+        return _own(BilevelState(x, y, z, memory, strategies, step))
 
     def step(key, state, batch):
         traffic, calls, norm = Traffic(), Calls(), None
@@ -113,6 +114,11 @@ def compose(problem: Problem, oracle: Oracle, *phases: Phase) -> Algorithm:
         return state, _metrics(problem, state, batch, norm, traffic, calls)
 
     return Algorithm(init, step)
+
+
+def _own(state):
+    """Copy each leaf: a state may be donated, and no leaf is weakly typed."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype, copy=True), state)
 
 
 def _check_phases(phases):
