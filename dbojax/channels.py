@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dbojax import trees
 from dbojax.base import Channel, Compressor, Mix, State, Traffic, Tree
 
-
 _BLOCKS = 64  # exchanges after which a running sum has been mixed anew, about
+_NUMBERS = int | float | np.integer | np.floating
 
 
 def exact(mix: Mix, gamma: float = 1.0) -> Channel:
@@ -28,6 +29,7 @@ def exact(mix: Mix, gamma: float = 1.0) -> Channel:
 
     Raises:
         ValueError: if ``gamma`` is not in (0, 1].
+        TypeError: if an argument is of another kind.
 
     Examples:
         >>> w = dbo.topology.metropolis(dbo.topology.ring(4))
@@ -37,6 +39,7 @@ def exact(mix: Mix, gamma: float = 1.0) -> Channel:
         >>> float(held.mean()) == float(v.mean()), traffic.rounds
         (True, 1)
     """
+    _check_mix(mix, "exact")
     _check_gamma(gamma, "exact")
 
     def init(known):
@@ -88,6 +91,7 @@ def reference_point(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
     Raises:
         ValueError: if ``gamma`` is not in (0, 1], or the compressor declares no
             contraction.
+        TypeError: if an argument is of another kind.
 
     Examples:
         >>> w = dbo.topology.metropolis(dbo.topology.ring(4))
@@ -102,6 +106,7 @@ def reference_point(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
         Koloskova, Stich and Jaggi (2019), arXiv:1902.00340, CHOCO-Gossip. That paper
         writes omega for the contraction that is called delta here.
     """
+    _check_mix(mix, "reference_point")
     _check_gamma(gamma, "reference_point")
     _check_contraction(compressor, "reference_point")
 
@@ -151,7 +156,9 @@ def error_feedback(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
     Raises:
         ValueError: if ``gamma`` is not in (0, 1], or the compressor declares no
             contraction.
+        TypeError: if an argument is of another kind.
     """
+    _check_mix(mix, "error_feedback")
     _check_gamma(gamma, "error_feedback")
     _check_contraction(compressor, "error_feedback")
 
@@ -190,6 +197,8 @@ def _absorb(mix, compressor, key, payload, own, mixed):
             return compressor.decompress(message, like)
 
         own = jax.tree.map(jnp.add, own, mix.lift(decode)(payload))
+        if mix.local:
+            return own, mix.apply(own)
         return own, jax.tree.map(jnp.add, mixed, mix.apply(payload, decode))
 
     def add_all(messages, weights, into):
@@ -197,8 +206,6 @@ def _absorb(mix, compressor, key, payload, own, mixed):
             return compressor.add(*message, into), None
 
         return jax.lax.scan(add_one, into, (messages, weights))[0]
-        if mix.local:
-            return own, mix.apply(own)
 
     own = mix.lift(lambda message, into: compressor.add(message, 1.0, into))(
         payload, own
@@ -253,14 +260,25 @@ def _traffic(mix, payload) -> Traffic:
     return Traffic(message, message * mix.links, rounds=1)
 
 
+def _check_mix(mix, name):
+    trees.check_type(mix, Mix, f"{name}(mix)", "dbo.mixing.mixer(w)")
+
+
 def _check_gamma(gamma, name):
-    if isinstance(gamma, int | float) and not 0 < gamma <= 1:
+    if not isinstance(gamma, _NUMBERS | np.ndarray | jax.Array):
+        raise TypeError(
+            f"`{name}` needs a number for its consensus step, 0 < gamma <= 1; got "
+            f"{gamma!r}."
+        )
+    if isinstance(gamma, _NUMBERS) and not 0 < gamma <= 1:
         raise ValueError(
             f"`{name}` needs a consensus step 0 < gamma <= 1, got {gamma}."
         )
 
 
 def _check_contraction(compressor, name):
+    example = "dbo.compressors.top_k(0.1)"
+    trees.check_type(compressor, Compressor, f"{name}(compressor)", example)
     if compressor.delta is None:
         raise ValueError(
             f"`{name}` needs a contraction, but this compressor declares no `delta`. "

@@ -65,6 +65,8 @@ class DiffusionState(NamedTuple):
 
 
 def _diffusion(channel, optimizer, adapt_first) -> Strategy:
+    _check_parts(channel, optimizer)
+
     def init(v):
         return DiffusionState(channel.init(v), jax.vmap(optimizer.init)(v))
 
@@ -179,6 +181,8 @@ def _tracking(
     channel, optimizer, tracker_channel, combine_tracker_last, combine_last
 ) -> Strategy:
     carrier = channel if tracker_channel is None else tracker_channel
+    _check_parts(channel, optimizer)
+    _check_channel(carrier, "tracker_channel")
 
     def init(v):
         zeros = jax.tree.map(jnp.zeros_like, v)
@@ -230,6 +234,7 @@ def allreduce(channel: Channel, optimizer: optax.GradientTransformation) -> Stra
         >>> bool(jnp.allclose(moved, -dbo.node_mean(d)[None]))
         True
     """
+    _check_parts(channel, optimizer)
 
     def init(v):
         zeros = jax.tree.map(jnp.zeros_like, v)
@@ -281,6 +286,16 @@ def moving_average(strategy: Strategy, weight: float) -> Strategy:
         return v, AverageState(average, memory), traffic
 
     return Strategy(init, update)
+
+
+def _check_channel(channel, name):
+    trees.check_type(channel, Channel, name, "dbo.channels.exact(mix)")
+
+
+def _check_parts(channel, optimizer):
+    _check_channel(channel, "channel")
+    kind = optax.GradientTransformation
+    trees.check_type(optimizer, kind, "optimizer", "optax.sgd(0.1)")
 
 
 def _add(v, change):

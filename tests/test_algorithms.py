@@ -357,6 +357,37 @@ def test_no_setting_changes_the_dtype_of_the_state(kind, key):
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
+def test_bad_batches_and_starts_say_what_to_write(key):
+    task = toys.task()
+    method = _c2dfb(task, "ring", "exact")
+    state = toys.start(task, method)
+    few = jax.tree.map(lambda leaf: leaf[:4], task.batch)
+    with pytest.raises(ValueError, match="`batch` needs 6 nodes on axis 0"):
+        method.step(key, state, few)
+    inner = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), few)
+    with pytest.raises(ValueError, match=r"`batch\.inner` needs 6 nodes on axis 1"):
+        method.step(key, state, dbo.Rounds(task.batch, inner))
+    inner = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), task.batch)
+    with pytest.raises(ValueError, match="for each of 3 rounds on axis 0; got 2"):
+        method.step(key, state, dbo.Rounds(task.batch, inner))
+    with pytest.raises(TypeError, match="`state` must be a BilevelState"):
+        method.step(state, key, task.batch)
+    whole = dbo.replicate(jnp.arange(3), toys.N)
+    with pytest.raises(ValueError, match=r"`x` must hold real .* got dtypes \['int"):
+        method.init(whole, state.y)
+    with pytest.raises(ValueError, match=r"`y` must hold real .* got dtypes \['int"):
+        method.init(state.x, whole)
+
+
+@pytest.mark.parametrize("level", ["upper", "lower"])
+def test_objectives_that_are_not_scalars_are_refused(level, key):
+    task = toys.task()
+    vector = task.problem._replace(**{level: lambda x, y, batch: y**2})
+    method = _c2dfb(task._replace(problem=vector), "ring", "exact")
+    with pytest.raises(ValueError, match=rf"`problem\.{level}.*must return a scalar"):
+        method.step(key, toys.start(task, method), task.batch)
+
+
 def test_bad_compositions_are_refused():
     task, channel = toys.task(), _channel("ring", "exact")
     compose, phase = dbo.algorithms.compose, dbo.algorithms.Phase
@@ -366,6 +397,14 @@ def test_bad_compositions_are_refused():
         compose(task.problem, oracle, phase(x=move, y=move))
     with pytest.raises(ValueError, match="exactly one phase"):
         compose(task.problem, oracle, phase(x=move, y=move, z=move), phase(y=move))
+    with pytest.raises(TypeError, match="`problem` must be a Problem"):
+        compose(tuple(task.problem), oracle, phase(x=move, y=move, z=move))
+    with pytest.raises(TypeError, match=r"`Phase\.x` must be a Strategy.*got Channel"):
+        compose(task.problem, oracle, phase(x=channel, y=move, z=move))
+    with pytest.raises(TypeError, match="got 'adam'"):
+        dbo.algorithms.local_step("adam")
+    with pytest.raises(ValueError, match=r"times=2\.0"):
+        compose(task.problem, oracle, phase(x=move, y=move, z=move, times=2.0))
     with pytest.raises(ValueError, match="at least once"):
         dbo.algorithms.c2dfb(
             task.problem,

@@ -218,5 +218,11 @@ def test_bad_settings_say_what_to_write(key):
     channel = dbo.channels.exact(mix)
     with pytest.raises(ValueError, match="holds 5 nodes on axis 0, but"):
         channel.init(jnp.ones((5, 2)))
+    with pytest.raises(TypeError, match=r"got '0\.5'"):
+        dbo.channels.exact(mix, gamma="0.5")
+    with pytest.raises(TypeError, match=r"must be a Mix, .* got ndarray"):
+        dbo.channels.exact(GRAPHS["ring"])
+    with pytest.raises(TypeError, match=r"must be a Compressor, .* got function"):
+        dbo.channels.reference_point(mix, dbo.compressors.top_k, 0.5)
     with pytest.raises(ValueError, match="takes no mask"):
         channel.send(key, jnp.ones((toys.N, 2)), (), mask=jnp.ones((toys.N, 1)))

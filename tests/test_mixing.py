@@ -151,3 +151,15 @@ def test_bad_matrices_are_refused_before_any_compute():
         mixing.mixer(np.eye(3))
     with pytest.raises(ValueError, match="circulant"):
         mixing.shifts(GRAPHS["star"])
+    with pytest.raises(ValueError, match=r"square matrix .* got shape \(2, 3\)"):
+        mixing.dense(np.ones((2, 3)))
+    with pytest.raises(TypeError, match=r"dbo\.mixing\.dense\(w\)"):
+        jax.jit(lambda w: mixing.mixer(w).weights)(GRAPHS["ring"])
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_matrices_may_come_in_float32(graph):
+    w = GRAPHS[graph]
+    v = _tree(len(w))["a"]
+    mixed = mixing.mixer(w.astype(np.float32)).apply(v)
+    np.testing.assert_allclose(mixed, w @ v, atol=1e-6)
