@@ -143,6 +143,8 @@ class Mix(NamedTuple):
     weights: jax.Array  # (n, K), the entries of W that belong to `exchange`
     links: int  # directed edges that carry a message
     lift: Callable[[Callable], Callable]  # f on one node -> f on the node axis
+    # Whether `apply` may act on what the nodes hold, not only on what they send.
+    local: bool = True
 
 
 class Channel(NamedTuple):
@@ -223,6 +225,13 @@ def is_connected(adjacency: np.ndarray) -> bool:
     return reaches_all(edges) and reaches_all(edges.T)
 
 
+def _tolerance(w) -> float:
+    """How far sums may be off one: the weights may come rounded to float32."""
+    dtype = np.asarray(w).dtype
+    rounding = 8 * np.finfo(dtype).eps if dtype.kind == "f" else 0.0
+    return max(_WEIGHT_TOLERANCE, float(rounding))
+
+
 def check_mixing_matrix(w: np.ndarray) -> np.ndarray:
     """Return ``w`` if it is a mixing matrix on a connected graph, else say why not.
 
@@ -242,6 +251,7 @@ def check_mixing_matrix(w: np.ndarray) -> np.ndarray:
         ...
         ValueError: The graph of this mixing matrix is not connected: ...
     """
+    tolerance = _tolerance(w)
     w = np.asarray(w, dtype=np.float64)
     if w.ndim != 2 or w.shape[0] != w.shape[1] or not w.size:
         raise ValueError(f"A mixing matrix is square, (n, n); got shape {w.shape}.")
@@ -250,7 +260,7 @@ def check_mixing_matrix(w: np.ndarray) -> np.ndarray:
             f"Mixing weights must be finite and not negative; the least is {w.min()}."
         )
     worst = max(np.abs(w.sum(axis=axis) - 1).max() for axis in (0, 1))
-    if worst > _WEIGHT_TOLERANCE:
+    if worst > tolerance:
         raise ValueError(
             "A mixing matrix must be doubly stochastic, but a row or column sum is "
             f"off by {worst:.3g}. Build one with `dbo.topology.metropolis(adjacency)`; "

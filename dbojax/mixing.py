@@ -46,6 +46,27 @@ def _column(weights, leaf):
     return jnp.asarray(weights, leaf.dtype).reshape((-1,) + (1,) * (leaf.ndim - 1))
 
 
+def _island(product):
+    """Keep the compiler from fusing ``product`` with what comes before and after.
+
+    On CPU it would compute what is gathered anew for each reader: two exchanges in a
+    row then cost up to ten times their sum. A branch is a border to it; the condition
+    always holds, which the compiler cannot know.
+    """
+
+    def bordered(leaf):
+        if not leaf.size:
+            return leaf
+        first = leaf.reshape(-1)[0]
+        certain = (first == first) | jnp.isnan(first)
+        return jax.lax.cond(certain, product, lambda leaf: leaf, leaf)
+
+    def either(leaf):
+        return jax.lax.platform_dependent(leaf, cpu=bordered, default=product)
+
+    return either
+
+
 def _mix(n: int, product, table: _Neighbours, links: int) -> Mix:
     def apply(v: Tree, decode=None) -> Tree:
         trees.check_nodes(v, n, "v")
@@ -72,6 +93,7 @@ def mixer(w: np.ndarray) -> Mix:
 
     Raises:
         ValueError: if ``w`` is not doubly stochastic or its graph is not connected.
+        TypeError: if ``w`` is traced.
 
     Examples:
         >>> mix = mixer(dbo.topology.metropolis(dbo.topology.ring(5)))
@@ -79,6 +101,11 @@ def mixer(w: np.ndarray) -> Mix:
         >>> bool(jnp.allclose(mix.apply(v).mean(), v.mean())), mix.links
         (True, 10)
     """
+    if isinstance(w, Tracer):
+        raise TypeError(
+            "`mixer` looks at the entries of `w` to pick a form, so `w` cannot be "
+            "traced. Write `dbo.mixing.dense(w)` inside `jit` and `vmap`."
+        )
     w = check_mixing_matrix(w)
     n, slots = len(w), _neighbours(w).nodes.shape[1]
     if np.allclose(w, 1 / n, rtol=0, atol=1e-12):
@@ -141,7 +168,7 @@ def neighbours(w: np.ndarray) -> Mix:
             return chunked(leaf)
         return gathered(leaf, *table)
 
-    return _mix(len(w), product, table, _links(w))
+    return _mix(len(w), _island(product), table, _links(w))
 
 
 def dense(w: np.ndarray | jax.Array, links: int | None = None) -> Mix:
@@ -151,12 +178,17 @@ def dense(w: np.ndarray | jax.Array, links: int | None = None) -> Mix:
         w: ``(n, n)``, concrete or traced.
         links: directed edges that carry a message; counted from a concrete ``w``,
             ``n (n - 1)`` for a traced one.
+
+    Raises:
+        ValueError: if ``w`` is not square.
     """
-    n = w.shape[0]
+    w = w if isinstance(w, Tracer) else np.asarray(w, dtype=np.float64)
+    n = w.shape[0] if w.ndim else 0
+    if w.shape != (n, n):
+        raise ValueError(f"`dense` needs a square matrix (n, n); got shape {w.shape}.")
     if isinstance(w, Tracer):
         table, edges = _Neighbours(np.tile(np.arange(n), (n, 1)), w), n * (n - 1)
     else:
-        w = np.asarray(w, dtype=np.float64)
         table, edges = _neighbours(w), _links(w)
 
     def product(leaf):

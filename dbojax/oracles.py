@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from dbojax import trees
 from dbojax.base import Calls, Oracle, Problem, by_level
 
 
@@ -109,9 +110,11 @@ def penalty(problem: Problem, weight: float) -> Oracle:
         lower_x, lower_y = jax.grad(problem.lower, (0, 1))(x, y, batch)
         plain_x, d_z = jax.grad(problem.lower, (0, 1))(x, z, batch)
         d_x = jax.tree.map(
-            lambda f, g, p: f + weight * (g - p), upper_x, lower_x, plain_x
+            lambda f, g, p: f + trees.times(weight, g - p), upper_x, lower_x, plain_x
         )
-        d_y = jax.tree.map(lambda f, g: f / weight + g, upper_y, lower_y)
+        d_y = jax.tree.map(
+            lambda f, g: trees.times(1 / weight, f) + g, upper_y, lower_y
+        )
         return (d_x, d_y, d_z), memory
 
     return Oracle(

@@ -65,6 +65,8 @@ class DiffusionState(NamedTuple):
 
 
 def _diffusion(channel, optimizer, adapt_first) -> Strategy:
+    _check_parts(channel, optimizer)
+
     def init(v):
         return DiffusionState(channel.init(v), jax.vmap(optimizer.init)(v))
 
@@ -179,6 +181,8 @@ def _tracking(
     channel, optimizer, tracker_channel, combine_tracker_last, combine_last
 ) -> Strategy:
     carrier = channel if tracker_channel is None else tracker_channel
+    _check_parts(channel, optimizer)
+    _check_channel(carrier, "tracker_channel")
 
     def init(v):
         zeros = jax.tree.map(jnp.zeros_like, v)
@@ -231,6 +235,7 @@ def allreduce(channel: Channel, optimizer: optax.GradientTransformation) -> Stra
         >>> bool(jnp.allclose(moved, -dbo.node_mean(d)[None]))
         True
     """
+    _check_parts(channel, optimizer)
 
     def init(v):
         zeros = jax.tree.map(jnp.zeros_like, v)
@@ -274,7 +279,9 @@ def moving_average(strategy: Strategy, weight: float) -> Strategy:
     def update(key, v, direction, state, mask=None):
         trees.check_like(direction, v, "direction", "v")
         average = jax.tree.map(
-            lambda r, d: (1 - weight) * r + weight * d, state.average, direction
+            lambda r, d: trees.times(1 - weight, r) + trees.times(weight, d),
+            state.average,
+            direction,
         )
         v, memory, traffic = strategy.update(key, v, average, state.strategy, mask)
         return v, AverageState(average, memory), traffic
@@ -282,8 +289,19 @@ def moving_average(strategy: Strategy, weight: float) -> Strategy:
     return Strategy(init, update)
 
 
-def _add(a, b):
-    return jax.tree.map(jnp.add, a, b)
+def _check_channel(channel, name):
+    trees.check_type(channel, Channel, name, "dbo.channels.exact(mix)")
+
+
+def _check_parts(channel, optimizer):
+    _check_channel(channel, "channel")
+    kind = optax.GradientTransformation
+    trees.check_type(optimizer, kind, "optimizer", "optax.sgd(0.1)")
+
+
+def _add(v, change):
+    # A step size may be a float64 scalar; the variable keeps its dtype.
+    return jax.tree.map(lambda a, b: (a + b).astype(a.dtype), v, change)
 
 
 def _local_step(optimizer, direction, opt_state, v):

@@ -148,8 +148,18 @@ def from_networkx(graph: Any) -> np.ndarray:
     return adjacency
 
 
+def _square(adjacency: np.ndarray, weights: str) -> np.ndarray:
+    shape = np.shape(adjacency)
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(
+            f"`{weights}` weights need an adjacency matrix (n, n), e.g. "
+            f"`dbo.topology.ring(10)`; got shape {shape}."
+        )
+    return np.asarray(adjacency) != 0
+
+
 def _undirected(adjacency: np.ndarray, weights: str) -> np.ndarray:
-    adjacency = np.asarray(adjacency) != 0
+    adjacency = _square(adjacency, weights)
     if not np.array_equal(adjacency, adjacency.T):
         raise ValueError(
             f"`{weights}` weights need an undirected graph, but this adjacency is not "
@@ -211,7 +221,7 @@ def uniform(adjacency: np.ndarray) -> np.ndarray:
         ValueError: if the degrees differ: dividing each row by its own degree is not
             doubly stochastic and drifts away from the mean.
     """
-    adjacency = np.asarray(adjacency) != 0
+    adjacency = _square(adjacency, "uniform")
     degrees = np.concatenate([adjacency.sum(axis=0), adjacency.sum(axis=1)])
     if np.ptp(degrees) > 0:
         raise ValueError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,15 @@ def num_nodes(tree: Tree, name: str = "tree") -> int:
     return lengths.pop()
 
 
+def check_type(value: Any, kind: type, name: str, example: str) -> None:
+    """Refuse a part that is not of its contract's type."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{name}` must be a {kind.__name__}, e.g. `{example}`; got "
+            f"{type(value).__name__}."
+        )
+
+
 def check_nodes(tree: Tree, n: int, name: str) -> None:
     """Refuse a stacked tree whose node axis does not count ``n`` nodes."""
     if jax.tree.leaves(tree) and (found := num_nodes(tree, name)) != n:
@@ -36,8 +47,30 @@ def check_nodes(tree: Tree, n: int, name: str) -> None:
         )
 
 
+def check_batch(batch: Tree, n: int, name: str, axis: int = 0) -> None:
+    """Refuse a batch that does not count ``n`` nodes on ``axis`` of every leaf."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    if any(shape[axis : axis + 1] != (n,) for shape in shapes):
+        raise ValueError(
+            f"Every leaf of `{name}` needs {n} nodes on axis {axis}, as in the state; "
+            f"got shapes {shapes}. Stack one sample set per node, or "
+            f"`dbo.replicate(batch, {n})` to give all the same."
+        )
+
+
+def check_floating(tree: Tree, name: str) -> None:
+    """Refuse a variable with a leaf that is not real floating point."""
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree)]
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        raise ValueError(
+            f"`{name}` must hold real floating-point arrays; got dtypes "
+            f"{[str(dtype) for dtype in dtypes]}. Convert it, e.g. with "
+            "`.astype(jnp.float32)`, and keep integers in the batch."
+        )
+
+
 def check_like(tree: Tree, like: Tree, name: str, like_name: str) -> None:
-    """Refuse a tree whose structure or shapes differ from those of ``like``."""
+    """Refuse a tree whose structure, shapes or dtypes differ from those of ``like``."""
     got, wanted = jax.tree.structure(tree), jax.tree.structure(like)
     if got != wanted:
         raise ValueError(
@@ -48,6 +81,13 @@ def check_like(tree: Tree, like: Tree, name: str, like_name: str) -> None:
         raise ValueError(
             f"`{name}` must have the shapes of `{like_name}`, "
             f"{[b for _, b in shapes]}; got {[a for a, _ in shapes]}."
+        )
+    dtypes = [(str(a.dtype), str(b.dtype)) for a, b in _pairs(tree, like)]
+    if any(a != b for a, b in dtypes):
+        raise ValueError(
+            f"`{name}` must have the dtypes of `{like_name}`, "
+            f"{[b for _, b in dtypes]}; got {[a for a, _ in dtypes]}. Cast it to "
+            f"those, or start `{like_name}` in the others."
         )
 
 
@@ -72,8 +112,8 @@ def replicate(tree: Tree, n: int) -> Tree:
         >>> replicate({"a": jnp.ones(3)}, 4)["a"].shape
         (4, 3)
     """
-    if n < 1:
-        raise ValueError(f"`replicate` needs at least one node, got n={n}.")
+    if not isinstance(n, numbers.Integral) or n < 1:
+        raise ValueError(f"`replicate` needs a whole number n >= 1 of nodes, got {n}.")
     return jax.tree.map(lambda a: jnp.repeat(jnp.asarray(a)[None], n, axis=0), tree)
 
 
@@ -108,7 +148,7 @@ def consensus_error(tree: Tree) -> jax.Array:
         tree: stacked values, ``(n, ...)``; an empty tree counts as agreed.
 
     Returns:
-        A scalar, zero if and only if all nodes hold the same value.
+        A scalar, zero (to rounding) if and only if all nodes hold the same value.
 
     Examples:
         >>> float(consensus_error(jnp.array([[1.0], [3.0]]))) == 2**0.5
@@ -120,7 +160,15 @@ def consensus_error(tree: Tree) -> jax.Array:
 
 def norm(tree: Tree) -> jax.Array:
     """Euclidean norm over all leaves; zero for an empty tree."""
-    squares = [jnp.vdot(leaf, leaf).real for leaf in jax.tree.leaves(tree)]
+
+    def square(leaf):
+        # Squares of float16 overflow early, and a GPU may shorten those of float32.
+        wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        return jnp.vdot(
+            leaf, leaf, precision="highest", preferred_element_type=wide
+        ).real
+
+    squares = map(square, jax.tree.leaves(tree))
     return jnp.sqrt(sum(squares, start=jnp.zeros(())))
 
 
@@ -144,6 +192,11 @@ def nbytes(tree: Tree) -> int:
     return sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
     )
+
+
+def times(scalar: float | jax.Array, leaf: jax.Array) -> jax.Array:
+    """``scalar * leaf`` in the dtype of the leaf, whatever that of the scalar."""
+    return jnp.asarray(scalar, leaf.dtype) * leaf
 
 
 def ravel(tree: Tree) -> jax.Array:

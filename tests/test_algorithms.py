@@ -274,7 +274,7 @@ def test_fresh_batches_reach_every_inner_round():
     np.testing.assert_allclose(other.x, plain.x)
     assert not np.allclose(other.y, plain.y)
     few = jax.tree.map(lambda leaf: leaf[:2], same)
-    with pytest.raises(ValueError, match=r"repeats 3 times, but .* holds only 2"):
+    with pytest.raises(ValueError, match=r"each of 3 rounds on axis 0; got 2"):
         step(jax.random.key(0), state, dbo.Rounds(task.batch, few))
 
 
@@ -299,6 +299,98 @@ def test_metrics_tell_the_truth():
     )
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_state_can_be_donated(name, key):
+    task = toys.task()
+    method = METHODS[name](task, _channel("ring", "reference"))
+    state = toys.start(task, method)
+    jax.jit(method.step, donate_argnums=1)(key, state, task.batch)
+    assert state.x.is_deleted()
+
+
+def test_a_start_of_plain_numbers_is_traced_once(key):
+    problem = dbo.Problem(lambda x, y, b: x**2 + y**2, lambda x, y, b: (y - x) ** 2)
+    mix, top = dbo.mixing.mixer(GRAPHS["ring"]), dbo.compressors.top_k(1)
+    method = dbo.algorithms.c2dfb(
+        problem,
+        outer=dbo.channels.exact(mix),
+        inner=dbo.channels.reference_point(mix, top, 0.3),
+        upper_step=0.1,
+        lower_step=0.1,
+    )
+    state = method.init(dbo.replicate(1.0, toys.N), dbo.replicate(1.0, toys.N))
+    step = jax.jit(chex.assert_max_traces(method.step, n=1))
+    for _ in range(3):
+        state, _ = step(key, state, None)
+
+
+SETTINGS = {
+    "NumPy float64": np.float64,
+    "JAX float64": lambda value: jnp.asarray([value], jnp.float64)[0],
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_no_setting_changes_the_dtype_of_the_state(kind, key):
+    task, number = toys.task(), SETTINGS[kind]
+    wire = _channel("ring", "exact", number(0.5))
+    penalised = dbo.algorithms.c2dfb(
+        task.problem,
+        outer=wire,
+        inner=wire,
+        penalty=number(10.0),
+        upper_step=number(0.05),
+        lower_step=number(0.05),
+    )
+    averaged = dbo.algorithms.ma_dsbo(
+        task.problem,
+        channel=wire,
+        upper_step=number(0.05),
+        lower_step=number(0.05),
+        linear_step=number(0.05),
+        average=number(0.3),
+    )
+    short, batch = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32),
+        ((task.x0, task.y0), task.batch),
+    )
+    for method in (penalised, averaged):
+        state = method.init(*dbo.replicate(short, toys.N))
+        after, _ = jax.eval_shape(method.step, key, state, batch)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
+def test_bad_batches_and_starts_say_what_to_write(key):
+    task = toys.task()
+    method = _c2dfb(task, "ring", "exact")
+    state = toys.start(task, method)
+    few = jax.tree.map(lambda leaf: leaf[:4], task.batch)
+    with pytest.raises(ValueError, match="`batch` needs 6 nodes on axis 0"):
+        method.step(key, state, few)
+    inner = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), few)
+    with pytest.raises(ValueError, match=r"`batch\.inner` needs 6 nodes on axis 1"):
+        method.step(key, state, dbo.Rounds(task.batch, inner))
+    inner = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), task.batch)
+    with pytest.raises(ValueError, match="for each of 3 rounds on axis 0; got 2"):
+        method.step(key, state, dbo.Rounds(task.batch, inner))
+    with pytest.raises(TypeError, match="`state` must be a BilevelState"):
+        method.step(state, key, task.batch)
+    whole = dbo.replicate(jnp.arange(3), toys.N)
+    with pytest.raises(ValueError, match=r"`x` must hold real .* got dtypes \['int"):
+        method.init(whole, state.y)
+    with pytest.raises(ValueError, match=r"`y` must hold real .* got dtypes \['int"):
+        method.init(state.x, whole)
+
+
+@pytest.mark.parametrize("level", ["upper", "lower"])
+def test_objectives_that_are_not_scalars_are_refused(level, key):
+    task = toys.task()
+    vector = task.problem._replace(**{level: lambda x, y, batch: y**2})
+    method = _c2dfb(task._replace(problem=vector), "ring", "exact")
+    with pytest.raises(ValueError, match=rf"`problem\.{level}.*must return a scalar"):
+        method.step(key, toys.start(task, method), task.batch)
+
+
 def test_bad_compositions_are_refused():
     task, channel = toys.task(), _channel("ring", "exact")
     compose, phase = dbo.algorithms.compose, dbo.algorithms.Phase
@@ -308,6 +400,14 @@ def test_bad_compositions_are_refused():
         compose(task.problem, oracle, phase(x=move, y=move))
     with pytest.raises(ValueError, match="exactly one phase"):
         compose(task.problem, oracle, phase(x=move, y=move, z=move), phase(y=move))
+    with pytest.raises(TypeError, match="`problem` must be a Problem"):
+        compose(tuple(task.problem), oracle, phase(x=move, y=move, z=move))
+    with pytest.raises(TypeError, match=r"`Phase\.x` must be a Strategy.*got Channel"):
+        compose(task.problem, oracle, phase(x=channel, y=move, z=move))
+    with pytest.raises(TypeError, match="got 'adam'"):
+        dbo.algorithms.local_step("adam")
+    with pytest.raises(ValueError, match=r"times=2\.0"):
+        compose(task.problem, oracle, phase(x=move, y=move, z=move, times=2.0))
     with pytest.raises(ValueError, match="at least once"):
         dbo.algorithms.c2dfb(
             task.problem,

@@ -108,6 +108,51 @@ def test_the_running_sum_is_the_mixed_copies(name, graph, key):
     _close(state.mixed_hat, mixed)
 
 
+@pytest.mark.parametrize("length", [20, 400], ids=["mixed", "scattered"])
+def test_running_sums_forget_their_rounding_errors(length, key):
+    """Else trackers add them up: a drift of the mean that never ends in float32."""
+    mix = dbo.mixing.mixer(GRAPHS["erdos_renyi"])
+    channel = dbo.channels.reference_point(mix, dbo.compressors.top_k(2), 0.1)
+    v = 1e3 * jax.random.normal(key, (toys.N, length), jnp.float32)
+
+    def send(state, inputs):
+        v, key = inputs
+        return channel.send(key, v, state)[1], None
+
+    values = jnp.concatenate([jnp.stack([v] * 100), jnp.zeros((1500, *v.shape))])
+    keys = jax.random.split(key, len(values))
+    state, _ = jax.lax.scan(send, channel.init(0 * v), (values.astype(v.dtype), keys))
+    assert not state.hat.any()
+    assert not state.mixed_hat.any()
+
+
+def test_distributed_copies_are_not_mixed_anew(key):
+    """A mix that can act on messages alone keeps the running sum, and it is right."""
+    w = GRAPHS["erdos_renyi"]
+    whole = dbo.mixing.mixer(w)
+    for kept in (2, 0.5):
+        top = dbo.compressors.top_k(kept)
+        a, b = (
+            dbo.channels.reference_point(mix, top, 0.3)
+            for mix in (whole, whole._replace(local=False))
+        )
+        v = jax.random.normal(key, (toys.N, 200))
+        _close(_gossip(a, v, 20, key), _gossip(b, v, 20, key))
+
+
+@pytest.mark.parametrize("kind", ["exact", *LOSSY])
+def test_no_setting_changes_the_dtype(kind, key):
+    mix, v = dbo.mixing.mixer(GRAPHS["ring"]), jnp.ones((toys.N, 8), jnp.float32)
+    for gamma in (0.5, np.float64(0.5), jnp.asarray([0.5], jnp.float64)[0]):
+        if kind == "exact":
+            channel = dbo.channels.exact(mix, gamma)
+        else:
+            channel = LOSSY[kind](mix, dbo.compressors.top_k(2), gamma)
+        held, state, _ = channel.send(key, v, channel.init(v))
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves((held, state))}
+        assert dtypes == {np.dtype("float32")}
+
+
 def test_sparse_messages_are_added_without_a_dense_detour(key):
     """Both ways of adding give the same numbers; sparse ones only scatter."""
     mix = dbo.mixing.mixer(GRAPHS["ring"])
@@ -171,5 +216,11 @@ def test_bad_settings_say_what_to_write(key):
     channel = dbo.channels.exact(mix)
     with pytest.raises(ValueError, match="holds 5 nodes on axis 0, but"):
         channel.init(jnp.ones((5, 2)))
+    with pytest.raises(TypeError, match=r"got '0\.5'"):
+        dbo.channels.exact(mix, gamma="0.5")
+    with pytest.raises(TypeError, match=r"must be a Mix, .* got ndarray"):
+        dbo.channels.exact(GRAPHS["ring"])
+    with pytest.raises(TypeError, match=r"must be a Compressor, .* got function"):
+        dbo.channels.reference_point(mix, dbo.compressors.top_k, 0.5)
     with pytest.raises(ValueError, match="takes no mask"):
         channel.send(key, jnp.ones((toys.N, 2)), (), mask=jnp.ones((toys.N, 1)))

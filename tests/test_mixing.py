@@ -122,6 +122,21 @@ def test_gradients_flow_through_every_form():
         np.testing.assert_allclose(grad, w.T @ target, atol=1e-13)
 
 
+def test_the_border_of_gathers_changes_no_number():
+    """It hangs on one entry being what it is, be that a NaN; vmap sees through it."""
+    w = GRAPHS["erdos_renyi"]
+    mix, v = mixing.neighbours(w), jax.random.normal(jax.random.key(0), (12, 2))
+    assert "cond" in str(jax.make_jaxpr(mix.apply)(v))
+    for first in (jnp.nan, jnp.inf, 0.0):
+        mixed = jax.jit(mix.apply)(v.at[0, 0].set(first))
+        hears = w[:, 0] != 0
+        np.testing.assert_allclose(mixed[~hears], (w @ v)[~hears], atol=1e-13)
+        assert np.isfinite(mixed[hears, 0]).all() == np.isfinite(first)
+    many = jnp.stack([v, v.at[0, 0].set(2.0), jnp.ones_like(v)])
+    _assert_close(jax.vmap(mix.apply)(many), jnp.einsum("ij,bjk->bik", w, many))
+    assert mix.apply(jnp.zeros((12, 0))).shape == (12, 0)
+
+
 def test_wrong_node_axis_is_refused():
     with pytest.raises(ValueError, match=r"holds 9 nodes on axis 0, but .* has 10"):
         mixing.mixer(GRAPHS["ring"]).apply(jnp.ones((9, 2)))
@@ -136,3 +151,15 @@ def test_bad_matrices_are_refused_before_any_compute():
         mixing.mixer(np.eye(3))
     with pytest.raises(ValueError, match="circulant"):
         mixing.shifts(GRAPHS["star"])
+    with pytest.raises(ValueError, match=r"square matrix .* got shape \(2, 3\)"):
+        mixing.dense(np.ones((2, 3)))
+    with pytest.raises(TypeError, match=r"dbo\.mixing\.dense\(w\)"):
+        jax.jit(lambda w: mixing.mixer(w).weights)(GRAPHS["ring"])
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_matrices_may_come_in_float32(graph):
+    w = GRAPHS[graph]
+    v = _tree(len(w))["a"]
+    mixed = mixing.mixer(w.astype(np.float32)).apply(v)
+    np.testing.assert_allclose(mixed, w @ v, atol=1e-6)

@@ -169,5 +169,27 @@ def test_bad_input_says_what_to_write():
     wrong = {"a": jnp.ones((toys.N, 3))}
     with pytest.raises(ValueError, match="shapes of `v`"):
         move.update(jax.random.key(0), v, wrong, move.init(v))
+    short = {"a": jnp.ones((toys.N, 2), jnp.float32)}
+    with pytest.raises(ValueError, match=r"dtypes of `v`, \['float64'\]; got"):
+        move.update(jax.random.key(0), v, short, move.init(v))
+    mix = dbo.mixing.mixer(GRAPHS["ring"])
+    for make in (dbo.strategies.diffusion_atc, dbo.strategies.allreduce):
+        with pytest.raises(TypeError, match=r"`channel` must be a Channel.* got Mix"):
+            make(mix, optax.sgd(STEP))
+    with pytest.raises(TypeError, match="`tracker_channel` must be a Channel"):
+        dbo.strategies.gradient_tracking(_exact(), optax.sgd(STEP), mix)
+    with pytest.raises(TypeError, match=r"`optimizer` must be .* got float"):
+        dbo.strategies.gradient_tracking(_exact(), 0.1)
     with pytest.raises(ValueError, match="0 < weight <= 1, got 0"):
         dbo.strategies.moving_average(move, 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_norms_are_wide_enough_for_short_floats(dtype):
+    v = {"a": jnp.full((3, 4), 300.0, dtype)}
+    assert float(dbo.trees.norm(v)) == pytest.approx(300 * 12**0.5, rel=1e-6)
+
+
+def test_copies_need_a_whole_number_of_nodes():
+    with pytest.raises(ValueError, match="whole number n >= 1"):
+        dbo.replicate(jnp.ones(3), 2.0)

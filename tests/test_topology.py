@@ -119,6 +119,8 @@ CALLS = {
     "metropolis": (lambda: topology.metropolis(topology.exponential(8)), "undirected"),
     "laplacian": (lambda: topology.laplacian(topology.exponential(8)), "undirected"),
     "long step": (lambda: topology.laplacian(topology.ring(4), 0.6), "not negative"),
+    "number": (lambda: topology.metropolis(10), r"adjacency matrix \(n, n\)"),
+    "oblong": (lambda: topology.uniform(np.ones((3, 2))), r"got shape \(3, 2\)"),
     "uniform": (lambda: topology.uniform(topology.star(4)), "degrees from 1 to 3"),
     "hypercube": (lambda: topology.hypercube(6), "power of two"),
     "probability": (lambda: topology.erdos_renyi(5, 0.0, 0), "probability"),

@@ -47,7 +47,8 @@ def c2dfb(
         inner_steps: rounds K of y and z per step.
         inner_tracker: channel of the trackers of y and z where it differs.
         carry: False forgets the memories of y and z in each step; it stalls under
-            heterogeneity and is there to show that.
+            heterogeneity and is there to show that. Reference points then restart at
+            the current values, as if those were common knowledge at no cost.
 
     Returns:
         An algorithm with K + 1 communication rounds per step.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import Array
 
 from dbojax import trees
 from dbojax.base import (
@@ -34,6 +37,11 @@ def local_step(step: Step) -> optax.GradientTransformation:
     """A step size or schedule as plain gradient descent; a transform as it is."""
     if isinstance(step, optax.GradientTransformation):
         return step
+    if not callable(step) and not isinstance(step, numbers.Real | np.ndarray | Array):
+        raise TypeError(
+            "A step is a number, a schedule or an optax transform, e.g. `0.1` or "
+            f"`optax.adam(1e-3)`; got {step!r}."
+        )
     return optax.sgd(step)
 
 
@@ -79,13 +87,20 @@ def compose(problem: Problem, oracle: Oracle, *phases: Phase) -> Algorithm:
         with a fresh batch for each repeated round.
 
     Raises:
-        ValueError: if a variable moves in no phase or in several, a phase repeats less
-            than once, or (from ``init``) ``x`` and ``y`` have different node counts.
+        ValueError: if a variable moves in no phase or in several, or a phase repeats
+            less than once; from ``init``, if ``x`` and ``y`` have different node counts
+            or are not floating point; from ``step``, if the batch has another node
+            count or too few rounds, or an objective is not a scalar.
+        TypeError: if a part is of another kind.
     """
+    trees.check_type(problem, Problem, "problem", "dbo.Problem(upper=f, lower=g)")
+    trees.check_type(oracle, Oracle, "oracle", "dbo.oracles.soba(problem)")
     _check_phases(phases)
 
     def init(x, y):
         x, y = (jax.tree.map(jnp.asarray, v) for v in (x, y))
+        trees.check_floating(x, "x")
+        trees.check_floating(y, "y")
         if trees.num_nodes(x, "x") != trees.num_nodes(y, "y"):
             raise ValueError(
                 f"`x` holds {trees.num_nodes(x)} nodes on axis 0 and `y` "
@@ -99,9 +114,12 @@ def compose(problem: Problem, oracle: Oracle, *phases: Phase) -> Algorithm:
             for phase in phases
             for name, strategy in phase.moves.items()
         }
-        return BilevelState(x, y, z, memory, strategies, jnp.zeros((), jnp.int32))
+        step = jnp.zeros((), jnp.int32)
+        return _own(BilevelState(x, y, z, memory, strategies, step))
 
     def step(key, state, batch):
+        trees.check_type(state, BilevelState, "state", "method.init(x, y)")
+        _check_batch(problem, phases, state, batch)
         traffic, calls, norm = Traffic(), Calls(), None
         for phase, key_phase in zip(phases, _split(key, len(phases)), strict=True):
             state, sent, phase_norm = _run_phase(oracle, phase, key_phase, state, batch)
@@ -115,6 +133,35 @@ def compose(problem: Problem, oracle: Oracle, *phases: Phase) -> Algorithm:
     return Algorithm(init, step)
 
 
+def _own(state):
+    """Copy each leaf: a state may be donated, and no leaf is weakly typed."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype, copy=True), state)
+
+
+def _check_batch(problem, phases, state, batch):
+    n = trees.num_nodes(state.y, "y")
+    if isinstance(batch, Rounds):
+        trees.check_batch(batch.inner, n, "batch.inner", axis=1)
+        rounds = max(phase.times for phase in phases)
+        held = {leaf.shape[0] for leaf in jax.tree.leaves(batch.inner)}
+        if any(count < rounds for count in held):
+            raise ValueError(
+                f"`Rounds.inner` needs a batch for each of {rounds} rounds on axis 0; "
+                f"got {min(held)}. Draw them, e.g. with "
+                f"`dbo.tasks.samplers.fresh_rounds(sampler, {rounds})`."
+            )
+        batch = batch.outer
+    trees.check_batch(batch, n, "batch")
+    point = trees.one_node((state.x, state.y))
+    for name, sample in zip(Problem._fields, by_level(batch), strict=True):
+        shape = jax.eval_shape(getattr(problem, name), *point, trees.one_node(sample))
+        if getattr(shape, "shape", None) != ():
+            raise ValueError(
+                f"`problem.{name}(x, y, batch)` must return a scalar, e.g. with "
+                f"`jnp.mean`; got {shape}."
+            )
+
+
 def _check_phases(phases):
     moved = [name for phase in phases for name in phase.moves]
     if sorted(moved) != list(_LEVELS):
@@ -122,10 +169,15 @@ def _check_phases(phases):
             "Each of x, y and z needs a strategy in exactly one phase; these phases "
             f"move {moved}."
         )
-    if any(phase.times < 1 for phase in phases):
-        raise ValueError(
-            f"A phase runs at least once, got times={[p.times for p in phases]}."
-        )
+    for phase in phases:
+        if not isinstance(phase.times, numbers.Integral) or phase.times < 1:
+            raise ValueError(
+                f"A phase runs a whole number of times, at least once; got "
+                f"times={phase.times!r}."
+            )
+        for name, strategy in phase.moves.items():
+            example = "dbo.strategies.diffusion_cta(channel, optax.sgd(0.1))"
+            trees.check_type(strategy, Strategy, f"Phase.{name}", example)
 
 
 def _split(key, count):
@@ -141,7 +193,8 @@ def _run_phase(
         state = state._replace(strategies=state.strategies | fresh)
     inner = None
     if isinstance(batch, Rounds):
-        inner, batch = _first_rounds(batch.inner, phase.times), batch.outer
+        inner = jax.tree.map(lambda leaf: leaf[: phase.times], batch.inner)
+        batch = batch.outer
     if phase.times == 1:
         return _round(oracle, phase, key, state, batch)
 
@@ -154,17 +207,6 @@ def _run_phase(
     keys = jax.random.split(key, phase.times)
     state, (traffic, norms) = jax.lax.scan(body, state, (keys, inner))
     return state, traffic, None if norms is None else norms[-1]
-
-
-def _first_rounds(inner, times):
-    held = trees.num_nodes(inner, "Rounds.inner")
-    if held < times:
-        raise ValueError(
-            f"A phase repeats {times} times, but `Rounds.inner` holds only {held} "
-            f"batches on axis 0. Draw {times}, e.g. with "
-            f"`dbo.tasks.samplers.fresh_rounds(sampler, {times})`."
-        )
-    return jax.tree.map(lambda leaf: leaf[:times], inner)
 
 
 def _round(oracle, phase, key, state, batch):
