@@ -26,6 +26,12 @@ def batch():
     return jnp.ones((4, 3))
 
 
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch):
+    # Else none of these short runs would ever see a second chunk.
+    monkeypatch.setattr("dbojax.runner.loop._UNDISTURBED", 1)
+
+
 def bits(tree):
     return [
         np.asarray(jax.random.key_data(a) if a.dtype == jax.random.key(0).dtype else a)
@@ -97,6 +103,18 @@ def test_one_trace_per_chunk_length(key, x, batch, steps, traces):
     method = dbo.Algorithm(lambda x, y: start(x), step)
     dbo.run(method, key, start(x), batch, steps, every=10)
     assert len(count) == traces
+
+
+@pytest.mark.parametrize(("watched", "chunks"), [(False, 1), (True, 3)])
+def test_chunks_are_long_unless_the_host_wants_to_look(
+    key, x, batch, monkeypatch, watched, chunks
+):
+    monkeypatch.setattr("dbojax.runner.loop._UNDISTURBED", 1000)
+    looks = {"evaluate": lambda state: {"one": 1.0}} if watched else {}
+    _, history = dbo.run(noisy(), key, start(x), batch, 30, every=10, **looks)
+    # Time is spread evenly inside a chunk: one rate per chunk.
+    rates = np.diff(history["seconds"], prepend=0.0)
+    assert len(np.unique(rates.round(12))) == chunks
 
 
 def test_the_caller_keeps_the_start(key, x, batch):

@@ -26,6 +26,7 @@ class Feed(NamedTuple):
     # read(shared, row, key, step), traced -> batch
     read: Callable[[Tree, Tree, jax.Array, jax.Array], Tree]
     replayable: bool = True
+    on_host: bool = False  # whether a chunk's batches must fit into memory
 
 
 def from_host(batch_at: Callable[[int], Tree]) -> HostBatches:
@@ -76,7 +77,7 @@ def _host(batch_at) -> Feed:
         rows = [batch_at(step) for step in range(first, first + length)]
         return None, _stack(rows, first)
 
-    return Feed(fetch, lambda shared, row, key, step: row)
+    return Feed(fetch, lambda shared, row, key, step: row, on_host=True)
 
 
 def _stack(rows, first: int) -> Tree:

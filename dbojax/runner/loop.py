@@ -18,6 +18,8 @@ from dbojax.base import Algorithm, State, Tree
 from dbojax.runner import checkpoints, feeds, history
 from dbojax.runner.history import History
 
+_UNDISTURBED = 1000  # steps per chunk when nothing happens between chunks
+
 
 class DivergedError(FloatingPointError):
     """A run met a NaN or an infinity and stopped.
@@ -71,7 +73,8 @@ def run(
         evaluate: called with the state at each chunk's end, on the host; returns
             scores by name. It must copy what it keeps, since the next chunk reuses
             the memory of the state.
-        every: steps per chunk.
+        every: steps per chunk; a thousand at least where the host has nothing to do in
+            between (no ``evaluate``, ``checkpoint``, ``progress`` or host batches).
         checkpoint: a file to write at each chunk's end and to resume from. Method,
             batches and ``evaluate`` are not in it: pass the same ones again.
         resume: whether to go on from an existing checkpoint; if not, an existing one
@@ -112,6 +115,8 @@ def run(
     if stop_on_nonfinite:
         _check_start(state)
     file = _file(checkpoint, feed, key, state, every)
+    if evaluate is None and file is None and not (progress or feed.on_host):
+        every = max(every, _UNDISTURBED)
     done, state, before = _begin(file, state, num_steps, resume)
     program = _Program(method, feed, key)
     chunks, scores = [], {name: column[-1] for name, column in before.items()}
