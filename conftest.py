@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
@@ -15,7 +16,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def _doctest_names(doctest_namespace):
     import dbojax
 
-    doctest_namespace.update(dbo=dbojax, jax=jax, jnp=jnp, np=np)
+    doctest_namespace.update(dbo=dbojax, jax=jax, jnp=jnp, np=np, optax=optax)
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,7 @@ NODES, DX, DY = 6, 3, 5
 STEPS = 4000
 UPPER, LOWER = 0.05, 0.3  # step sizes over 1 / smoothness of Psi and of the local g
 GAMMA = {"exact": 1.0, "reference_point": 0.4, "error_feedback": 0.4}
+WITH_SERVER = ("server", "ef14", "ef21", "diana")  # all nodes hold the same after it
 COLUMNS = (
     "strategy",
     "channel",
@@ -77,6 +78,10 @@ def channels():
         "error_feedback": functools.partial(
             c.error_feedback, gamma=gamma["error_feedback"]
         ),
+        "server": c.server,
+        "ef14": c.ef14,
+        "ef21": c.ef21,
+        "diana": lambda mix, compressor: c.diana(mix, unbiased(compressor)),
     }
 
 
@@ -96,6 +101,16 @@ def compressors():
     }
 
 
+def unbiased(compressor):
+    """The unbiased form of a compressor, or None."""
+    if compressor.omega is not None:
+        return compressor
+    try:
+        return dbo.compressors.scaled(compressor)
+    except ValueError:
+        return None
+
+
 def graphs():
     """Mixing matrices."""
     t, n = dbo.topology, NODES
@@ -109,15 +124,20 @@ def graphs():
 
 
 def product():
-    """All cases that make sense, as (strategy, channel, compressor, graph)."""
-    none, names = ["-"], list(graphs())
+    """All cases that can be built, as (strategy, channel, compressor, graph).
+
+    All-reduce refuses channels after which the nodes hold different values.
+    """
     for strategy, channel in itertools.product(strategies(), channels()):
-        for case in itertools.product(
-            [strategy], [channel], none if channel == "exact" else compressors(), names
-        ):
-            # All-reduce is defined by a channel that returns the mean.
-            if strategy != "allreduce" or case[1:] == ("exact", "-", "complete"):
-                yield case
+        averages = channel in WITH_SERVER
+        if strategy == "allreduce" and not averages and channel != "exact":
+            continue
+        complete = averages or strategy == "allreduce"
+        for compressor in ["-"] if channel == "exact" else compressors():
+            if channel == "diana" and not unbiased(compressors()[compressor]):
+                continue
+            for graph in ["complete"] if complete else graphs():
+                yield strategy, channel, compressor, graph
 
 
 def pairs(case):
@@ -147,7 +167,8 @@ def solve(task, w, strategy, channel, compressor):
     upper, lower = step_sizes(task)
 
     def build(w):
-        mix = dbo.mixing.dense(w)
+        averages = strategy == "allreduce" or channel in WITH_SERVER
+        mix = dbo.mixing.averaging(NODES) if averages else dbo.mixing.dense(w)
         wire = channels()[channel](mix, compressors().get(compressor))
         move = strategies()[strategy]
         below = move(wire, optax.sgd(lower))

@@ -23,9 +23,10 @@ class Traffic:
     sends one after the other, ``a * k`` repeats.
 
     Args:
-        message: bytes that one node hands to one link.
+        message: bytes that one node hands to one link; a worker's to its server.
         total: bytes summed over all directed links.
         rounds: synchronous communication rounds.
+        down: bytes that a server hands to one worker.
 
     Examples:
         >>> one = Traffic(message=8, total=160, rounds=1)
@@ -36,23 +37,18 @@ class Traffic:
     message: int = 0
     total: int = 0
     rounds: int = 0
+    down: int = 0
 
     def __or__(self, other: Traffic) -> Traffic:
-        return Traffic(
-            self.message + other.message,
-            self.total + other.total,
-            max(self.rounds, other.rounds),
-        )
+        rounds = max(self.rounds, other.rounds)
+        return dataclasses.replace(self + other, rounds=rounds)
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(
-            self.message + other.message,
-            self.total + other.total,
-            self.rounds + other.rounds,
-        )
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Traffic(*(a + b for a, b in pairs))
 
     def __mul__(self, times: int) -> Traffic:
-        return Traffic(self.message * times, self.total * times, self.rounds * times)
+        return Traffic(*(value * times for value in dataclasses.astuple(self)))
 
 
 @jax.tree_util.register_static
@@ -143,8 +139,11 @@ class Mix(NamedTuple):
     weights: jax.Array  # (n, K), the entries of W that belong to `exchange`
     links: int  # directed edges that carry a message
     lift: Callable[[Callable], Callable]  # f on one node -> f on the node axis
+    # Numbers of the nodes on axis 0, from 0; fewer than K inside `shard_map`.
+    nodes: Callable[[], jax.Array]
     # Whether `apply` may act on what the nodes hold, not only on what they send.
     local: bool = True
+    averages: bool = False  # whether `apply` gives every node the mean
 
 
 class Channel(NamedTuple):
@@ -154,6 +153,9 @@ class Channel(NamedTuple):
     init: Callable[[Tree], State]
     # send(key, v, state, mask=None) -> (what each node holds then, state, Traffic)
     send: Callable[..., tuple[Tree, State, Traffic]]
+    mix: Mix | None = None  # what it was built on
+    # Whether all nodes hold the same, an estimate of the mean, after `send`.
+    averages: bool = False
 
 
 class Strategy(NamedTuple):
@@ -162,6 +164,15 @@ class Strategy(NamedTuple):
     init: Callable[[Tree], State]
     # update(key, v, direction, state, mask=None) -> (v, state, Traffic)
     update: Callable[..., tuple[Tree, State, Traffic]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Participation:
+    """Which workers take part in a round; a mask for server channels."""
+
+    mask: jax.Array  # (n,), bool
+    count: int = dataclasses.field(metadata={"static": True})
 
 
 class Oracle(NamedTuple):

@@ -6,6 +6,7 @@ the one that was fastest when measured on CPU.
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -67,7 +68,9 @@ def _island(product):
     return either
 
 
-def _mix(n: int, product, table: _Neighbours, links: int) -> Mix:
+def _mix(
+    n: int, product, table: _Neighbours, links: int, averages: bool = False
+) -> Mix:
     def apply(v: Tree, decode=None) -> Tree:
         trees.check_nodes(v, n, "v")
         return jax.tree.map(product, v if decode is None else jax.vmap(decode)(v))
@@ -75,7 +78,11 @@ def _mix(n: int, product, table: _Neighbours, links: int) -> Mix:
     def exchange(payload):
         return jax.tree.map(lambda leaf: leaf[table.nodes], payload)
 
-    return Mix(apply, exchange, jnp.asarray(table.weights), links, jax.vmap)
+    def nodes():
+        return jnp.arange(n)
+
+    weights = jnp.asarray(table.weights)
+    return Mix(apply, exchange, weights, links, jax.vmap, nodes, averages=averages)
 
 
 def mixer(w: np.ndarray) -> Mix:
@@ -205,4 +212,60 @@ def averaging(n: int) -> Mix:
     def product(leaf):
         return jnp.broadcast_to(trees.node_mean(leaf)[None], leaf.shape)
 
-    return _mix(n, product, _neighbours(np.full((n, n), 1 / n)), n * (n - 1))
+    _check_count(n, "averaging")
+    table = _neighbours(np.full((n, n), 1 / n))
+    return _mix(n, product, table, n * (n - 1), averages=True)
+
+
+def along(axis_name: str, n: int) -> Mix:
+    r"""The mean of ``n`` nodes that a mapped axis holds, one on each of its positions.
+
+    For code inside ``jax.shard_map`` or ``jax.vmap(..., axis_name=...)``, where a node
+    sees its own share, with a node axis of length one. Payloads are gathered as they
+    are, so that only they cross between devices, and averaged in the order of nodes.
+
+    Args:
+        axis_name: of the mapped axis.
+        n: its length.
+
+    Raises:
+        ValueError: if ``n`` is not a positive integer; at trace time, if the axis has
+            another length.
+
+    Examples:
+        >>> mix, v = along("workers", 4), jnp.arange(4.0)
+        >>> mean = jax.vmap(lambda own: mix.apply(own[None]), axis_name="workers")(v)
+        >>> mean[:, 0].tolist()
+        [1.5, 1.5, 1.5, 1.5]
+    """
+    _check_count(n, "along")
+
+    def gather(leaf):
+        return jax.lax.all_gather(leaf, axis_name, tiled=True)
+
+    def apply(v: Tree, decode=None) -> Tree:
+        if (found := jax.lax.axis_size(axis_name)) != n:
+            raise ValueError(
+                f"`along({axis_name!r}, {n})` is for an axis of length {n}; this one "
+                f"has {found}."
+            )
+        trees.check_nodes(v, 1, "v")
+        if decode is None:
+            return jax.lax.pmean(v, axis_name)
+        mean = trees.node_mean(jax.vmap(decode)(jax.tree.map(gather, v)))
+        return jax.tree.map(lambda leaf: leaf[None], mean)
+
+    def exchange(payload):
+        return jax.tree.map(lambda leaf: gather(leaf)[None], payload)
+
+    def nodes():
+        return jax.lax.axis_index(axis_name)[None]
+
+    weights = jnp.full((1, n), 1 / n)
+    links = n * (n - 1)
+    return Mix(apply, exchange, weights, links, jax.vmap, nodes, False, averages=True)
+
+
+def _check_count(n, name):
+    if not isinstance(n, numbers.Integral) or n < 1:
+        raise ValueError(f"`{name}` needs a whole number n >= 1 of nodes, got {n!r}.")

@@ -7,6 +7,7 @@ Rows are nodes, ``D`` the stacked directions, ``W V`` one exchange over a channe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -218,14 +219,16 @@ def allreduce(channel: Channel, optimizer: optax.GradientTransformation) -> Stra
     r"""Average the directions, then step: :math:`V \leftarrow V - \alpha \bar D`.
 
     Args:
-        channel: one that returns the mean to every node, e.g.
-            ``dbo.channels.exact(dbo.mixing.averaging(n))``. Any other only mixes the
-            directions once and never the values: the nodes drift apart, and a bilevel
-            loop then diverges.
+        channel: one that returns the mean, or one estimate of it, to every node, e.g.
+            ``dbo.channels.exact(dbo.mixing.averaging(n))`` or one with a server.
         optimizer: local step along the average.
 
     Returns:
         A strategy that keeps equal rows equal.
+
+    Raises:
+        ValueError: if the nodes would hold different values after an exchange: they
+            never exchange what they step to, and would drift apart.
 
     Examples:
         >>> mean = dbo.channels.exact(dbo.mixing.averaging(4))
@@ -236,6 +239,14 @@ def allreduce(channel: Channel, optimizer: optax.GradientTransformation) -> Stra
         True
     """
     _check_parts(channel, optimizer)
+    if not channel.averages:
+        raise ValueError(
+            "`allreduce` exchanges directions and never values, so it needs a channel "
+            "that gives all nodes the same, e.g. "
+            "`dbo.channels.exact(dbo.mixing.averaging(n))` or `dbo.channels.server`; "
+            "over this one the nodes would drift apart. Use "
+            "`dbo.strategies.gradient_tracking(channel, optimizer)`."
+        )
 
     def init(v):
         zeros = jax.tree.map(jnp.zeros_like, v)
@@ -269,7 +280,9 @@ def moving_average(strategy: Strategy, weight: float) -> Strategy:
 
     Raises:
         ValueError: if ``weight`` is not in (0, 1].
+        TypeError: if ``strategy`` is not one.
     """
+    _check_strategy(strategy, "moving_average(strategy)")
     if isinstance(weight, int | float) and not 0 < weight <= 1:
         raise ValueError(f"`moving_average` needs 0 < weight <= 1, got {weight}.")
 
@@ -283,10 +296,67 @@ def moving_average(strategy: Strategy, weight: float) -> Strategy:
             state.average,
             direction,
         )
+        present = None if mask is None else mask.mask
+        average = trees.where(present, average, state.average)
         v, memory, traffic = strategy.update(key, v, average, state.strategy, mask)
         return v, AverageState(average, memory), traffic
 
     return Strategy(init, update)
+
+
+def projected(strategy: Strategy, project: Callable[[Tree], Tree]) -> Strategy:
+    """Project each node's value after every update.
+
+    Args:
+        strategy: moves the value.
+        project: acts on one node's tree, e.g. ``dbo.strategies.ball(10.0)``.
+
+    Returns:
+        A strategy with the same messages.
+
+    Examples:
+        >>> mean = dbo.channels.exact(dbo.mixing.averaging(2))
+        >>> move = projected(allreduce(mean, optax.sgd(1.0)), ball(1.0))
+        >>> v = jnp.zeros((2, 2))
+        >>> moved, _, _ = move.update(jax.random.key(0), v, v - 3.0, move.init(v))
+        >>> bool(jnp.allclose(jnp.linalg.norm(moved, axis=1), 1.0))
+        True
+    """
+    _check_strategy(strategy, "projected(strategy)")
+
+    def update(key, v, direction, state, mask=None):
+        v, state, traffic = strategy.update(key, v, direction, state, mask)
+        return jax.vmap(project)(v), state, traffic
+
+    return strategy._replace(update=update)
+
+
+def ball(radius: float) -> Callable[[Tree], Tree]:
+    r"""Scale a tree that is longer than ``radius`` back to it.
+
+    .. math:: \min\{1, \rho / \|v\|\}\, v
+
+    Args:
+        radius: :math:`\rho > 0`; infinity leaves everything as it is.
+
+    Raises:
+        ValueError: if ``radius`` is not positive.
+    """
+    if isinstance(radius, int | float) and not radius > 0:
+        raise ValueError(f"`ball` needs a radius > 0, got {radius}.")
+
+    def project(v):
+        length = trees.norm(v)
+        # Where nothing is to be done nothing is rounded.
+        factor = jnp.where(length > radius, radius / length, 1.0)
+        return jax.tree.map(lambda leaf: trees.times(factor, leaf), v)
+
+    return project
+
+
+def _check_strategy(strategy, name):
+    example = "dbo.strategies.allreduce(channel, optax.sgd(0.1))"
+    trees.check_type(strategy, Strategy, name, example)
 
 
 def _check_channel(channel, name):

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dbojax.base import Tree
+from dbojax.base import Participation, Tree
 
 
 def num_nodes(tree: Tree, name: str = "tree") -> int:
@@ -175,6 +175,44 @@ def norm(tree: Tree) -> jax.Array:
 def node_keys(key: jax.Array, n: int) -> jax.Array:
     """One key per node, a function of ``(key, node)`` alone: (n,)."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
+
+
+def participation(key: jax.Array, n: int, count: int) -> Participation:
+    """Draw which ``count`` of ``n`` workers take part in a round, all sets alike.
+
+    Args:
+        key: another one in each round.
+        n: number of workers.
+        count: how many take part; a Python number, so that bytes are counted exactly.
+
+    Returns:
+        A mask for server channels.
+
+    Raises:
+        ValueError: if ``count`` is not a whole number from 1 to ``n``.
+
+    Examples:
+        >>> drawn = participation(jax.random.key(0), 10, 3)
+        >>> int(drawn.mask.sum()), drawn.count
+        (3, 3)
+    """
+    if not isinstance(count, numbers.Integral) or not 1 <= count <= n:
+        raise ValueError(
+            f"Of {n} workers a whole number from 1 to {n} can take part in a round; "
+            f"got count={count!r}."
+        )
+    return Participation(jax.random.permutation(key, n) < count, int(count))
+
+
+def where(rows: jax.Array | None, tree: Tree, otherwise: Tree) -> Tree:
+    """``tree`` on the rows that are true, ``otherwise`` on the others; None is all."""
+    if rows is None:
+        return tree
+
+    def choose(a, b):
+        return jnp.where(rows.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, tree, otherwise)
 
 
 def one_node(tree: Tree) -> Tree:

@@ -1,5 +1,7 @@
 """Strategies: who reaches the optimum of the average, and who stops short."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,9 @@ def _descend(strategy, targets, steps, channel_key=0):
     return jax.jit(lambda c: jax.lax.scan(step, c, keys)[0])(carry)
 
 
+OVER_GRAPHS = [name for name in STRATEGIES if name != "allreduce"]
+
+
 def _exact(graph="ring"):
     return dbo.channels.exact(dbo.mixing.mixer(GRAPHS[graph]))
 
@@ -63,8 +68,10 @@ def _slow(name, w, targets, steps):
     return v
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    ("name", "graph"),
+    [*itertools.product(OVER_GRAPHS, GRAPHS), ("allreduce", "complete")],
+)
 def test_update_lines(name, graph):
     targets = _targets()
     strategy = STRATEGIES[name](_exact(graph), optax.sgd(STEP))
@@ -127,7 +134,7 @@ def test_any_optax_transform_makes_the_local_step(name):
     """Adam on every node by itself, on trees, with a schedule."""
     n = toys.N
     tx = optax.adam(optax.exponential_decay(0.1, 10, 0.9))
-    move = STRATEGIES[name](_exact(), tx)
+    move = STRATEGIES[name](_exact("complete"), tx)
     v = {"a": jnp.ones((n, 3)), "b": jnp.arange(n * 2.0).reshape(n, 2)}
     moved, state, _ = move.update(jax.random.key(0), v, v, move.init(v))
     again, _, _ = move.update(jax.random.key(0), moved, v, state)
@@ -182,6 +189,38 @@ def test_bad_input_says_what_to_write():
         dbo.strategies.gradient_tracking(_exact(), 0.1)
     with pytest.raises(ValueError, match="0 < weight <= 1, got 0"):
         dbo.strategies.moving_average(move, 0)
+    with pytest.raises(TypeError, match=r"`projected.strategy.` must be a Strategy"):
+        dbo.strategies.projected(mix, dbo.strategies.ball(1.0))
+    with pytest.raises(ValueError, match="radius > 0, got 0"):
+        dbo.strategies.ball(0)
+
+
+def test_allreduce_refuses_channels_that_leave_nodes_apart():
+    mix, top = dbo.mixing.averaging(toys.N), dbo.compressors.top_k(1)
+    apart = [
+        _exact("ring"),
+        dbo.channels.exact(mix, gamma=0.5),
+        dbo.channels.reference_point(mix, top, 0.5),
+        dbo.channels.error_feedback(mix, top, 1.0),
+    ]
+    for channel in apart:
+        with pytest.raises(ValueError, match=r"all nodes the same, e.g. .*averaging"):
+            dbo.strategies.allreduce(channel, optax.sgd(STEP))
+
+
+def test_projection_onto_a_ball_moves_only_what_lies_outside():
+    mean = _exact("complete")
+    move = dbo.strategies.projected(
+        dbo.strategies.allreduce(mean, optax.sgd(STEP)), dbo.strategies.ball(2.0)
+    )
+    v = {"a": jnp.full((toys.N, 3), 0.5), "b": jnp.zeros((toys.N, 2))}
+    still = jax.tree.map(jnp.zeros_like, v)
+    moved, state, _ = move.update(jax.random.key(0), v, still, move.init(v))
+    jax.tree.map(np.testing.assert_array_equal, moved, v)
+    far = jax.tree.map(lambda leaf: leaf - 100.0, v)
+    moved, _, _ = move.update(jax.random.key(0), v, far, state)
+    one = jax.tree.map(lambda leaf: leaf[0], moved)
+    assert float(dbo.trees.norm(one)) == pytest.approx(2.0, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])

@@ -74,28 +74,41 @@ class BilevelState(NamedTuple):
     step: jax.Array  # steps done, int32
 
 
-def compose(problem: Problem, oracle: Oracle, *phases: Phase) -> Algorithm:
+def compose(
+    problem: Problem,
+    oracle: Oracle,
+    *phases: Phase,
+    participants: int | None = None,
+) -> Algorithm:
     """Build an algorithm that runs ``phases`` one after the other in each step.
 
     Args:
         problem: objectives of one node, for the reported upper loss.
         oracle: local directions of x, y and z.
         phases: who moves when; each of x, y and z appears in exactly one phase.
+        participants: workers that take part in a step, drawn anew each time; for server
+            channels. None is all.
 
     Returns:
         An algorithm on stacked trees. ``step`` takes one stacked batch, or `Rounds`
         with a fresh batch for each repeated round.
 
     Raises:
-        ValueError: if a variable moves in no phase or in several, or a phase repeats
-            less than once; from ``init``, if ``x`` and ``y`` have different node counts
-            or are not floating point; from ``step``, if the batch has another node
-            count or too few rounds, or an objective is not a scalar.
+        ValueError: if a variable moves in no phase or in several, a phase repeats less
+            than once, or less than one worker takes part; from ``init``, if ``x`` and
+            ``y`` have different node counts or are not floating point; from ``step``,
+            if the batch has another node count or too few rounds, or an objective is
+            not a scalar.
         TypeError: if a part is of another kind.
     """
     trees.check_type(problem, Problem, "problem", "dbo.Problem(upper=f, lower=g)")
     trees.check_type(oracle, Oracle, "oracle", "dbo.oracles.soba(problem)")
     _check_phases(phases)
+    if participants is not None and participants < 1:
+        raise ValueError(
+            f"At least one worker takes part in a step; got participants={participants}"
+            ". Write None for all."
+        )
 
     def init(x, y):
         x, y = (jax.tree.map(jnp.asarray, v) for v in (x, y))
@@ -121,8 +134,14 @@ def compose(problem: Problem, oracle: Oracle, *phases: Phase) -> Algorithm:
         trees.check_type(state, BilevelState, "state", "method.init(x, y)")
         _check_batch(problem, phases, state, batch)
         traffic, calls, norm = Traffic(), Calls(), None
-        for phase, key_phase in zip(phases, _split(key, len(phases)), strict=True):
-            state, sent, phase_norm = _run_phase(oracle, phase, key_phase, state, batch)
+        *keys, key_mask = _split(key, len(phases) + 1)
+        mask = None
+        if participants is not None:
+            mask = trees.participation(key_mask, trees.num_nodes(state.x), participants)
+        for phase, key_phase in zip(phases, keys, strict=True):
+            state, sent, phase_norm = _run_phase(
+                oracle, phase, key_phase, state, batch, mask
+            )
             traffic += sent * phase.times
             costs = (oracle.calls[_LEVELS.index(name)] for name in phase.moves)
             calls += sum(costs, start=Calls()) * phase.times
@@ -185,7 +204,7 @@ def _split(key, count):
 
 
 def _run_phase(
-    oracle, phase, key, state, batch
+    oracle, phase, key, state, batch, mask
 ) -> tuple[BilevelState, Traffic, jax.Array | None]:
     """All rounds of a phase; also the traffic of one and, if x moves, the last norm."""
     if phase.restart:
@@ -196,12 +215,12 @@ def _run_phase(
         inner = jax.tree.map(lambda leaf: leaf[: phase.times], batch.inner)
         batch = batch.outer
     if phase.times == 1:
-        return _round(oracle, phase, key, state, batch)
+        return _round(oracle, phase, key, state, batch, mask)
 
     def body(state, per_round):
         key, fresh = per_round
         fresh = batch if fresh is None else fresh
-        state, traffic, norm = _round(oracle, phase, key, state, fresh)
+        state, traffic, norm = _round(oracle, phase, key, state, fresh, mask)
         return state, (traffic, norm)
 
     keys = jax.random.split(key, phase.times)
@@ -209,17 +228,19 @@ def _run_phase(
     return state, traffic, None if norms is None else norms[-1]
 
 
-def _round(oracle, phase, key, state, batch):
+def _round(oracle, phase, key, state, batch, mask):
     """Take directions at the current point and move all variables of the phase."""
     key_oracle, *key_moves = _split(key, 1 + len(phase.moves))
     keys = trees.node_keys(key_oracle, trees.num_nodes(state.x, "x"))
     point = (state.x, state.y, state.z)
     directions, memory = jax.vmap(oracle.directions)(keys, *point, state.memory, batch)
+    if mask is not None:
+        memory = trees.where(mask.mask, memory, state.memory)
     directions = dict(zip(_LEVELS, directions, strict=True))
     moved, strategies, traffic = {}, dict(state.strategies), Traffic()
     for (name, strategy), key_move in zip(phase.moves.items(), key_moves, strict=True):
         moved[name], strategies[name], sent = strategy.update(
-            key_move, getattr(state, name), directions[name], strategies[name]
+            key_move, getattr(state, name), directions[name], strategies[name], mask
         )
         traffic |= sent
     state = state._replace(memory=memory, strategies=strategies, **moved)

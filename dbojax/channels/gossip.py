@@ -1,4 +1,4 @@
-"""How values travel between nodes: one exchange, and what it costs in bytes."""
+"""Channels between neighbours: everyone moves towards the average it hears of."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dbojax import trees
 from dbojax.base import Channel, Compressor, Mix, State, Traffic, Tree
+from dbojax.channels.common import (
+    check_contraction,
+    check_gamma,
+    check_mix,
+    compressed,
+)
 
 _BLOCKS = 64  # exchanges after which a running sum has been mixed anew, about
-_NUMBERS = int | float | np.integer | np.floating
 
 
 def exact(mix: Mix, gamma: float = 1.0) -> Channel:
@@ -39,8 +43,8 @@ def exact(mix: Mix, gamma: float = 1.0) -> Channel:
         >>> float(held.mean()) == float(v.mean()), traffic.rounds
         (True, 1)
     """
-    _check_mix(mix, "exact")
-    _check_gamma(gamma, "exact")
+    check_mix(mix, "exact")
+    check_gamma(gamma, "exact")
 
     def init(known):
         trees.check_nodes(known, mix.weights.shape[0], "known")
@@ -52,7 +56,8 @@ def exact(mix: Mix, gamma: float = 1.0) -> Channel:
         held = _relax(v, v, mix.apply(v), gamma)
         return held, state, _traffic(mix, v)
 
-    return Channel(init, send)
+    averages = mix.averages and _is_one(gamma)
+    return Channel(init, send, mix, averages)
 
 
 class ReferencePointState(NamedTuple):
@@ -106,9 +111,9 @@ def reference_point(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
         Koloskova, Stich and Jaggi (2019), arXiv:1902.00340, CHOCO-Gossip. That paper
         writes omega for the contraction that is called delta here.
     """
-    _check_mix(mix, "reference_point")
-    _check_gamma(gamma, "reference_point")
-    _check_contraction(compressor, "reference_point")
+    check_mix(mix, "reference_point")
+    check_gamma(gamma, "reference_point")
+    check_contraction(compressor, "reference_point")
 
     def init(known):
         trees.check_nodes(known, mix.weights.shape[0], "known")
@@ -118,14 +123,14 @@ def reference_point(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
     def send(key, v, state, mask=None):
         _no_mask(mask, "reference_point")
         difference = jax.tree.map(jnp.subtract, v, state.hat)
-        payload, memory = _compress(mix, compressor, key, difference, state.compressor)
+        payload, memory = compressed(mix, compressor, key, difference, state.compressor)
         memories = state.hat, state.mixed_hat
         hat, mixed_hat = _absorb(mix, compressor, key, payload, *memories)
         held = _relax(v, hat, mixed_hat, gamma)
         state = ReferencePointState(hat, mixed_hat, memory)
         return held, state, _traffic(mix, payload)
 
-    return Channel(init, send)
+    return Channel(init, send, mix)
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -158,9 +163,9 @@ def error_feedback(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
             contraction.
         TypeError: if an argument is of another kind.
     """
-    _check_mix(mix, "error_feedback")
-    _check_gamma(gamma, "error_feedback")
-    _check_contraction(compressor, "error_feedback")
+    check_mix(mix, "error_feedback")
+    check_gamma(gamma, "error_feedback")
+    check_contraction(compressor, "error_feedback")
 
     def init(known):
         trees.check_nodes(known, mix.weights.shape[0], "known")
@@ -170,19 +175,14 @@ def error_feedback(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
     def send(key, v, state, mask=None):
         _no_mask(mask, "error_feedback")
         target = jax.tree.map(jnp.add, v, state.residual)
-        payload, memory = _compress(mix, compressor, key, target, state.compressor)
+        payload, memory = compressed(mix, compressor, key, target, state.compressor)
         zeros = jax.tree.map(jnp.zeros_like, v)
         sent, mixed = _absorb(mix, compressor, key, payload, zeros, zeros)
         residual = jax.tree.map(jnp.subtract, target, sent)
         held = _relax(v, sent, mixed, gamma)
         return held, ErrorFeedbackState(residual, memory), _traffic(mix, payload)
 
-    return Channel(init, send)
-
-
-def _compress(mix, compressor, key, v, memory):
-    keys = trees.node_keys(key, mix.weights.shape[0])
-    return mix.lift(compressor.compress)(keys, v, memory)
+    return Channel(init, send, mix)
 
 
 def _absorb(mix, compressor, key, payload, own, mixed):
@@ -248,42 +248,20 @@ def _scatters(mix, compressor, payload, own) -> bool:
 
 def _relax(v, hat, mixed_hat, gamma):
     """``v + gamma (mixed_hat - hat)``; just ``mixed_hat`` where that is the same."""
-    if hat is v and isinstance(gamma, int | float) and gamma == 1:
+    if hat is v and _is_one(gamma):
         return mixed_hat
     return jax.tree.map(
         lambda a, h, m: a + trees.times(gamma, m - h), v, hat, mixed_hat
     )
 
 
+def _is_one(gamma) -> bool:
+    return isinstance(gamma, int | float) and gamma == 1
+
+
 def _traffic(mix, payload) -> Traffic:
     message = trees.nbytes(trees.one_node(payload))
     return Traffic(message, message * mix.links, rounds=1)
-
-
-def _check_mix(mix, name):
-    trees.check_type(mix, Mix, f"{name}(mix)", "dbo.mixing.mixer(w)")
-
-
-def _check_gamma(gamma, name):
-    if not isinstance(gamma, _NUMBERS | np.ndarray | jax.Array):
-        raise TypeError(
-            f"`{name}` needs a number for its consensus step, 0 < gamma <= 1; got "
-            f"{gamma!r}."
-        )
-    if isinstance(gamma, _NUMBERS) and not 0 < gamma <= 1:
-        raise ValueError(
-            f"`{name}` needs a consensus step 0 < gamma <= 1, got {gamma}."
-        )
-
-
-def _check_contraction(compressor, name):
-    example = "dbo.compressors.top_k(0.1)"
-    trees.check_type(compressor, Compressor, f"{name}(compressor)", example)
-    if compressor.delta is None:
-        raise ValueError(
-            f"`{name}` needs a contraction, but this compressor declares no `delta`. "
-            "Wrap an unbiased one as `dbo.compressors.scaled(compressor)`."
-        )
 
 
 def _no_mask(mask, name):

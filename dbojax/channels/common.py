@@ -1,0 +1,52 @@
+"""What all channels check, and how all nodes compress."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from dbojax import trees
+from dbojax.base import Compressor, Mix, Payload, State, Tree
+
+_NUMBERS = int | float | np.integer | np.floating
+
+
+def compressed(
+    mix: Mix, compressor: Compressor, key: jax.Array, v: Tree, memory: State
+) -> tuple[Payload, State]:
+    """Payloads of all nodes; a node's randomness depends on its number alone."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, mix.nodes())
+    return mix.lift(compressor.compress)(keys, v, memory)
+
+
+def check_mix(mix, name):
+    """Refuse what is not a mix."""
+    trees.check_type(mix, Mix, f"{name}(mix)", "dbo.mixing.mixer(w)")
+
+
+def check_gamma(gamma, name):
+    """Refuse what is not a consensus step."""
+    if not isinstance(gamma, _NUMBERS | np.ndarray | jax.Array):
+        raise TypeError(
+            f"`{name}` needs a number for its consensus step, 0 < gamma <= 1; got "
+            f"{gamma!r}."
+        )
+    if isinstance(gamma, _NUMBERS) and not 0 < gamma <= 1:
+        raise ValueError(
+            f"`{name}` needs a consensus step 0 < gamma <= 1, got {gamma}."
+        )
+
+
+def check_compressor(compressor, name):
+    """Refuse what is not a compressor."""
+    trees.check_type(compressor, Compressor, name, "dbo.compressors.top_k(0.1)")
+
+
+def check_contraction(compressor, name):
+    """Refuse a compressor without `delta`."""
+    check_compressor(compressor, f"{name}(compressor)")
+    if compressor.delta is None:
+        raise ValueError(
+            f"`{name}` needs a contraction, but this compressor declares no `delta`. "
+            "Wrap an unbiased one as `dbo.compressors.scaled(compressor)`."
+        )

@@ -1,0 +1,122 @@
+"""Compressed communication as optax transforms, and the optimisers built on it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dbojax import trees
+from dbojax.base import Channel, State, Traffic
+
+
+class CommunicateState(NamedTuple):
+    """Key of the next exchange, memories of the channel, bytes of one exchange."""
+
+    key: jax.Array
+    channel: State
+    traffic: Traffic  # static, so it can be read inside and outside `jit`
+
+
+def communicate(
+    channel: Channel, *, seed: int | jax.Array = 0, axis_name: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Exchange updates over a channel, as one link of an optax chain.
+
+    With a channel that gives all workers the same (one with a server, or ``exact`` over
+    the averaging mix), stacked gradients ``(n, ...)`` go in and one mean tree comes
+    out: parameters and the states of what follows have no node axis. Over any other
+    channel stacked trees go in and out, and every node keeps its own parameters; wrap
+    what follows in :func:`per_node`.
+
+    Args:
+        channel: how the updates travel, e.g. ``dbo.channels.ef21(mix, compressor)``.
+        seed: of the keys; a number or a typed key, which moves along in the state.
+        axis_name: inside ``jax.shard_map`` or ``jax.vmap`` over this axis each worker
+            gives its own updates, without node axis; build the channel on
+            ``dbo.mixing.along(axis_name, n)`` and call ``init`` inside as well.
+
+    Returns:
+        An optax transform. Its ``update`` takes the key of an exchange as ``key=`` if
+        one is given, and ``mask=dbo.participation(...)`` for partial participation.
+        ``state.traffic`` holds the bytes of one exchange among all.
+
+    Raises:
+        ValueError: from ``init`` and ``update``, if node axes do not fit the channel,
+            or an axis is named and the channel does not give all workers the same.
+        TypeError: if ``channel`` is not a channel of this package.
+
+    Examples:
+        >>> top = dbo.compressors.top_k(1)
+        >>> channel = dbo.channels.ef21(dbo.mixing.averaging(4), top)
+        >>> tx = optax.chain(communicate(channel), optax.adam(1e-3))
+        >>> params, gradients = jnp.ones(3), jnp.ones((4, 3))
+        >>> updates, state = tx.update(gradients, tx.init(params), params)
+        >>> updates.shape, state[0].traffic.message, state[0].traffic.down
+        ((3,), 9, 24)
+    """
+    example = "dbo.channels.ef21(mix, compressor)"
+    trees.check_type(channel, Channel, "communicate(channel)", example)
+    if channel.mix is None:
+        raise TypeError("`communicate` needs to know the `mix` of its channel.")
+    rows = channel.mix.weights.shape[0]
+    if axis_name is not None and not channel.averages:
+        raise ValueError(
+            f"Along {axis_name!r} only a channel that gives all workers the same can "
+            "communicate, e.g. `dbo.channels.server(dbo.mixing.along(axis_name, n))`."
+        )
+
+    def stacked(params):
+        return trees.replicate(params, rows) if channel.averages else params
+
+    def init(params) -> Any:
+        known = jax.tree.map(jnp.zeros_like, stacked(params))
+        memory = channel.init(known)
+        key = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
+        traffic = jax.eval_shape(channel.send, key, known, memory)[2]
+        return CommunicateState(key, memory, traffic)
+
+    def update(updates, state, params=None, *, key=None, mask=None, **extra) -> Any:
+        del params, extra
+        next_key, drawn = jax.random.split(state.key)
+        key = drawn if key is None else key
+        if axis_name is not None:
+            updates = jax.tree.map(lambda leaf: leaf[None], updates)
+        trees.check_nodes(updates, rows, "updates")
+        held, memory, _ = channel.send(key, updates, state.channel, mask)
+        if channel.averages:
+            held = jax.tree.map(lambda leaf: leaf[0], held)
+        return held, CommunicateState(next_key, memory, state.traffic)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def per_node(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Let every node apply an optax transform to its own row of stacked trees.
+
+    Args:
+        optimizer: acts on one node's tree.
+
+    Returns:
+        The same on trees with the node axis first, its state included.
+
+    Examples:
+        >>> tx = per_node(optax.clip_by_global_norm(1.0))
+        >>> v = jnp.array([[3.0, 4.0], [0.6, 0.8]])
+        >>> clipped, _ = tx.update(v, tx.init(v), v)
+        >>> bool(jnp.allclose(clipped, jnp.array([[0.6, 0.8]])))
+        True
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(updates, state, params=None, **extra):
+        def one(updates, state, params):
+            return optimizer.update(updates, state, params, **extra)
+
+        return jax.vmap(one)(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(jax.vmap(optimizer.init), update)
