@@ -215,13 +215,19 @@ def _tracking(
     return Strategy(init, update)
 
 
-def allreduce(channel: Channel, optimizer: optax.GradientTransformation) -> Strategy:
+def allreduce(
+    channel: Channel,
+    optimizer: optax.GradientTransformation,
+    known: Tree | None = None,
+) -> Strategy:
     r"""Average the directions, then step: :math:`V \leftarrow V - \alpha \bar D`.
 
     Args:
         channel: one that returns the mean, or one estimate of it, to every node, e.g.
             ``dbo.channels.exact(dbo.mixing.averaging(n))`` or one with a server.
         optimizer: local step along the average.
+        known: directions, ``(n, ...)``, at which the channel's memories start, e.g. the
+            first ones, sent once as they are; by default zero, which costs nothing.
 
     Returns:
         A strategy that keeps equal rows equal.
@@ -249,8 +255,9 @@ def allreduce(channel: Channel, optimizer: optax.GradientTransformation) -> Stra
         )
 
     def init(v):
-        zeros = jax.tree.map(jnp.zeros_like, v)
-        return DiffusionState(channel.init(zeros), jax.vmap(optimizer.init)(v))
+        start = jax.tree.map(jnp.zeros_like, v) if known is None else known
+        trees.check_like(start, v, "known", "v")
+        return DiffusionState(channel.init(start), jax.vmap(optimizer.init)(v))
 
     def update(key, v, direction, state, mask=None):
         trees.check_like(direction, v, "direction", "v")

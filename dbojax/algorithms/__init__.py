@@ -6,3 +6,8 @@ from dbojax.algorithms.compose import Phase as Phase
 from dbojax.algorithms.compose import compose as compose
 from dbojax.algorithms.compose import local_step as local_step
 from dbojax.algorithms.ma_dsbo import ma_dsbo as ma_dsbo
+from dbojax.algorithms.soba import c_soba as c_soba
+from dbojax.algorithms.soba import cm_soba as cm_soba
+from dbojax.algorithms.soba import ef_soba as ef_soba
+from dbojax.algorithms.soba import ma_soba as ma_soba
+from dbojax.algorithms.soba import soba as soba

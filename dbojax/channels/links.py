@@ -94,7 +94,8 @@ def differences(
         after = moved(sent, memory)
         if gain is None:
             return after, after
-        shifted = jax.tree.map(lambda m, c: m + trees.times(gain, c), memory, present)
+        step: float = gain
+        shifted = jax.tree.map(lambda m, c: m + trees.times(step, c), memory, present)
         return shifted, after
 
     return Link(

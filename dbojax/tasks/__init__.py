@@ -9,13 +9,16 @@ from dbojax.tasks import samplers as samplers
 from dbojax.tasks.classification import coefficient_tuning as coefficient_tuning
 from dbojax.tasks.classification import hyper_representation as hyper_representation
 from dbojax.tasks.classification import mlp as mlp
+from dbojax.tasks.noise import with_gradient_noise as with_gradient_noise
 from dbojax.tasks.quadratics import quadratic as quadratic
 from dbojax.tasks.quadratics import with_equal_curvature as with_equal_curvature
+from dbojax.tasks.quadratics import worker_quadratic as worker_quadratic
 from dbojax.tasks.task import ClosedForm as ClosedForm
 from dbojax.tasks.task import Task as Task
 
 NAMES: dict[str, Callable[..., Task]] = {
     "quadratic": quadratic,
+    "worker_quadratic": worker_quadratic,
     "coefficient_tuning": coefficient_tuning,
     "hyper_representation": hyper_representation,
 }

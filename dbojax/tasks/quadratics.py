@@ -136,6 +136,56 @@ def quadratic(n: int = 10, dx: int = 20, dy: int = 60, seed: int = 0) -> Task:
     return _task(_draw(n, dx, dy, seed))
 
 
+def worker_quadratic(
+    n: int = 8, d: int = 20, heterogeneity: float = 1.0, seed: int = 0
+) -> Task:
+    r"""Quadratics around moving targets, as different from worker to worker as asked.
+
+    .. math::
+        g_i = \tfrac12 (y - B_i x - b_i)^\top A_i (y - B_i x - b_i), \quad
+        f_i = \tfrac12 \|y - c_i\|^2 + 0.05 \|x\|^2
+
+    with :math:`A_i = I + 0.3 h M_i M_i^\top`, :math:`B_i = I / 2 + 0.2 h N_i`,
+    :math:`b_i = h v_i`, :math:`c_i = 1 + h v'_i`, entries of M and N of variance 1/d
+    and those of v and v' of variance 1. With h = 0 all workers are alike.
+
+    Args:
+        n: workers.
+        d: length of x and of y.
+        heterogeneity: h.
+        seed: of NumPy's default generator.
+
+    Returns:
+        A task of the form of :func:`quadratic`, ``Curvature(A, A B, A b)`` being its
+        lower data; terms of g in x alone are left out.
+
+    Raises:
+        ValueError: if a size is not positive.
+
+    Examples:
+        >>> task = worker_quadratic(heterogeneity=0.0)
+        >>> round(float(jnp.linalg.norm(task.exact.hypergradient(task.x0))), 4)
+        2.2361
+
+    References:
+        The toy on which this project fixes golden values of the server methods.
+    """
+    if min(n, d) < 1:
+        raise ValueError(
+            f"`worker_quadratic` needs at least one worker and one entry; got n={n}, "
+            f"d={d}."
+        )
+    rng, workers = np.random.default_rng(seed), []
+    for _ in range(n):
+        m, slope = (rng.normal(size=(d, d)) / np.sqrt(d) for _ in range(2))
+        start, target = (heterogeneity * rng.normal(size=d) for _ in range(2))
+        a = np.eye(d) + 0.3 * heterogeneity * m @ m.T
+        b = 0.5 * np.eye(d) + 0.2 * heterogeneity * slope
+        workers.append((a, a @ b, a @ start, 1 + target))
+    a, b, c, t = (np.stack(parts) for parts in zip(*workers, strict=True))
+    return _task(Batch(upper=t, lower=Curvature(a, b, c)))
+
+
 def with_equal_curvature(task: Task) -> Task:
     r"""Give every node the mean curvature, :math:`A_i = \bar A`, :math:`B_i = \bar B`.
 
