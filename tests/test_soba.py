@@ -1,0 +1,342 @@
+"""SOBA with a server and its compressed descendants: loops, limits, golden values."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference_server as slow
+import toys
+
+import dbojax as dbo
+
+A, C = dbo.algorithms, dbo.compressors
+N, D = 4, 6
+STEPS = {"upper_step": 0.05, "lower_step": 0.1, "linear_step": 0.08}
+# Not unbiased at all: what is compared below are the update lines, not the laws.
+TOP = C.top_k(2)._replace(omega=lambda d: 1.5)
+OMEGA = {"x": 1.5, "y": 1.5, "z": 1.5}
+
+
+def _task():
+    return dbo.tasks.worker_quadratic(n=N, d=D, seed=3)
+
+
+class Workers:
+    """The task's directions, worker by worker, in NumPy."""
+
+    def __init__(self, task):
+        self.n = task.n
+        self.a, self.b, self.c = (np.asarray(leaf) for leaf in task.batch.lower)
+        self.t = np.asarray(task.batch.upper)
+
+    def directions(self, i, step, x, y, z):
+        del step
+        d_y = self.a[i] @ y - self.b[i] @ x - self.c[i]
+        d_z = self.a[i] @ z - (y - self.t[i])
+        return 0.1 * x + self.b[i].T @ z, d_y, d_z
+
+
+def _method(name, task, compressor=TOP, mix=None, **settings):
+    mix = dbo.mixing.averaging(task.n) if mix is None else mix
+    levels = {} if name in ("soba", "ma_soba") else dict.fromkeys(LEVELS, compressor)
+    return getattr(A, name)(task.problem, mix=mix, **levels, **(STEPS | settings))
+
+
+LEVELS = ("upper", "lower")
+TOP_LOOP = slow.by_vector(slow.top_k(2))
+SERVER_AVERAGE = {
+    "average": 1.0,
+    "upper_step": optax.chain(optax.ema(0.7, debias=False), optax.sgd(0.05)),
+}
+# name: (factory, its settings, loop, its settings)
+LOOPS = {
+    "soba": ("soba", {}, slow.c_soba, {}),
+    "ma_soba": (
+        "ma_soba",
+        {"average": 0.3},
+        slow.c_soba,
+        {"average": 0.3, "use_new": False},
+    ),
+    "c_soba": ("c_soba", {}, slow.c_soba, {"compress": TOP_LOOP}),
+    "cm_soba": (
+        "cm_soba",
+        {"average": 0.3},
+        slow.c_soba,
+        {"compress": TOP_LOOP, "average": 0.3},
+    ),
+    "cm_soba, old average": (
+        "cm_soba",
+        {"average": 0.3, "new_average": False},
+        slow.c_soba,
+        {"compress": TOP_LOOP, "average": 0.3, "use_new": False},
+    ),
+    "c_soba, clipped": (
+        "c_soba",
+        {"clip": 0.3},
+        slow.c_soba,
+        {"compress": TOP_LOOP, "radius": 0.3},
+    ),
+    "c_soba-msc": (
+        "c_soba",
+        {"compressor": C.multi_step(TOP, 3)},
+        slow.c_soba,
+        {"compress": slow.msc(TOP_LOOP, 1.5, 3)},
+    ),
+    "ef_soba": (
+        "ef_soba",
+        {"average": 0.3},
+        slow.ef_soba,
+        {"compress": TOP_LOOP, "average": 0.3, "delta": 0.4},
+    ),
+    "ef_soba, average at the server": (
+        "ef_soba",
+        SERVER_AVERAGE,
+        slow.ef_soba,
+        {"compress": TOP_LOOP, "average": 0.3, "delta": 0.4, "raw": True},
+    ),
+    "ef_soba, new memory": (
+        "ef_soba",
+        {"average": 0.3, "gain": None, "rate": 0.7},
+        slow.ef_soba,
+        {"compress": TOP_LOOP, "average": 0.3, "delta": 0.7, "ef21": True},
+    ),
+    "ef_soba-msc": (
+        "ef_soba",
+        {"average": 0.3, "compressor": C.multi_step(TOP, 3)},
+        slow.ef_soba,
+        {
+            "compress": slow.msc(TOP_LOOP, 1.5, 3),
+            "average": 0.3,
+            "delta": 1 / (1 + slow.msc_omega(1.5, 3)),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_five_steps_equal_the_loop_over_workers(name):
+    task = _task()
+    factory, settings, loop, loop_settings = LOOPS[name]
+    state, _ = toys.run(_method(factory, task, **settings), task, 5)
+    start = [np.asarray(v) for v in (task.x0, task.y0, task.y0)]
+    visited = loop(Workers(task), start, 5, **(STEPS | loop_settings))
+    for got, want in zip((state.x, state.y, state.z), visited[:3], strict=True):
+        np.testing.assert_allclose(got, np.tile(want[-1], (N, 1)), atol=1e-12)
+    for row in (state.x, state.y, state.z):
+        np.testing.assert_array_equal(row, np.broadcast_to(row[:1], row.shape))
+
+
+def test_nothing_left_out_makes_c_soba_soba_bit_for_bit():
+    task = _task()
+    want, _ = toys.run(_method("soba", task), task, 40)
+    got, _ = toys.run(_method("c_soba", task, C.identity()), task, 40)
+    for a, b in zip((got.x, got.y, got.z), (want.x, want.y, want.z), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_nothing_left_out_makes_ef_soba_cm_soba():
+    task = _task()
+    want, _ = toys.run(_method("cm_soba", task, C.identity()), task, 40)
+    got, _ = toys.run(_method("ef_soba", task, C.identity()), task, 40)
+    for a, b in zip((got.x, got.y, got.z), (want.x, want.y, want.z), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+    average, _ = toys.run(_method("ma_soba", task, new_average=True), task, 40)
+    np.testing.assert_array_equal(want.x, average.x)
+
+
+def test_a_wide_clip_never_acts_and_a_narrow_one_does():
+    task = _task()
+    free, _ = toys.run(_method("soba", task), task, 300)
+    wide, _ = toys.run(_method("soba", task, clip=50.0), task, 300)
+    np.testing.assert_array_equal(free.z, wide.z)
+    length = float(jnp.linalg.norm(free.z[0]))
+    narrow, _ = toys.run(_method("soba", task, clip=length / 2), task, 300)
+    assert float(jnp.linalg.norm(narrow.z[0])) == pytest.approx(length / 2, rel=1e-12)
+
+
+# --- golden values, section 6.1 of the specification -------------------------------
+
+GOLDEN_STEPS = 6000
+RANDOM = C.random_k(2)
+GOLDEN = {"upper_step": 0.005, "lower_step": 0.02, "linear_step": 0.02, "clip": 50.0}
+AT_SERVER = {
+    "average": 1.0,
+    "upper_step": optax.chain(optax.ema(0.9, debias=False), optax.sgd(0.005)),
+}
+# name: (factory, settings, mean norm if alike, range of it over seeds if not)
+ROWS = {
+    "soba": ("soba", {}, 1.4e-5, (1.26e-4, 1.85e-4)),
+    "c_soba": ("c_soba", {}, 1.4e-5, (0.083, 0.130)),
+    "cm_soba": ("cm_soba", {}, 1.1e-5, (0.108, 0.123)),
+    "cm_soba-msc": (
+        "cm_soba",
+        {"compressor": C.multi_step(RANDOM, 10)},
+        1.1e-5,
+        (1.9e-2, 2.6e-2),
+    ),
+    "ef_soba": ("ef_soba", {}, 1.1e-5, (1.1e-4, 1.7e-4)),
+    "ef_soba, average at the server": ("ef_soba", AT_SERVER, 1.1e-5, (1.1e-4, 1.7e-4)),
+    "ef_soba, new memory": ("ef_soba", {"gain": None}, 8.7e-6, (1.0e-4, 1.5e-4)),
+    "ef_soba-msc": (
+        "ef_soba",
+        {"compressor": C.multi_step(RANDOM, 5)},
+        1.1e-5,
+        (1.1e-4, 1.7e-4),
+    ),
+}
+# Alike with seed 0, then different with seeds 0, 1 and 2.
+PROBLEMS = [(0.0, 0), (1.0, 0), (1.0, 1), (1.0, 2)]
+
+
+def _floors(name):
+    """Mean norm of the last 200 iterates on each of the problems, in one program."""
+    factory, settings, *_ = ROWS[name]
+    tasks = [
+        dbo.tasks.worker_quadratic(heterogeneity=h, seed=seed) for h, seed in PROBLEMS
+    ]
+    settings = {"compressor": RANDOM} | GOLDEN | settings
+    method = _method(factory, tasks[0], **settings)
+    start = toys.start(tasks[0], method)
+    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(t.batch for t in tasks))
+
+    def run(batch, key):
+        a, b, c = (leaf.mean(0) for leaf in batch.lower)
+        slope, shift = jnp.linalg.solve(a, b), jnp.linalg.solve(a, c)
+
+        def step(state, key):
+            state, _ = method.step(key, state, batch)
+            x = state.x[0]
+            miss = slope @ x + shift - batch.upper.mean(0)
+            return state, jnp.linalg.norm(0.1 * x + slope.T @ miss)
+
+        keys = jax.random.split(key, GOLDEN_STEPS)
+        return jax.lax.scan(step, start, keys)[1][-200:].mean()
+
+    keys = jax.vmap(jax.random.key)(jnp.array([seed for _, seed in PROBLEMS]))
+    return np.asarray(jax.jit(jax.vmap(run))(batches, keys))
+
+
+def test_golden_problems_have_their_fingerprints():
+    task = dbo.tasks.worker_quadratic()
+    a = np.asarray(task.batch.lower.a)
+    b = np.linalg.solve(a, np.asarray(task.batch.lower.b))
+    start = np.linalg.solve(a, np.asarray(task.batch.lower.c)[..., None])
+    sums = [v.sum() for v in (a, b, start, np.asarray(task.batch.upper))]
+    want = [202.585126817, 83.486939404, 7.371127206, 146.794979947]
+    np.testing.assert_allclose(sums, want, rtol=1e-9)
+    for h, norm in ((0.0, 2.236067977), (1.0, 2.459368297)):
+        task = dbo.tasks.worker_quadratic(heterogeneity=h)
+        start = jnp.linalg.norm(task.exact.hypergradient(task.x0))
+        assert float(start) == pytest.approx(norm, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_golden_floors(name):
+    alike, different = ROWS[name][2:]
+    floors = _floors(name)
+    assert alike / 1.5 < floors[0] < alike * 1.5
+    assert (different[0] / 1.5 < floors[1:]).all()
+    assert (floors[1:] < different[1] * 1.5).all()
+    if name == "soba":
+        np.testing.assert_allclose(floors[:2], [1.40790578e-5, 1.26212637e-4], 1e-6)
+    if name.startswith("ef_soba"):
+        # C-SOBA's floor on the same problems is at least 0.083 / 1.5.
+        assert (100 * floors[1:] < ROWS["c_soba"][3][0] / 1.5).all()
+
+
+# --- participation, bytes, bad input ------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["soba", "c_soba", "ef_soba"])
+def test_absent_workers_keep_their_memories(name):
+    task = _task()
+    method = _method(name, task, C.random_k(3), participants=2)
+    before = toys.start(task, method)
+    after, metrics = method.step(jax.random.key(0), before, task.batch)
+    if name == "ef_soba":
+        for level in "xyz":
+            memory = after.strategies[level]
+            memory = memory.strategy if level == "x" else memory
+            moved = np.asarray(memory.channel.up.sender).any(axis=1)
+            assert moved.sum() == 2
+            np.testing.assert_allclose(
+                memory.channel.up.receiver,
+                memory.channel.up.sender.mean(0),
+                atol=1e-15,
+            )
+        assert np.asarray(after.strategies["x"].average).any(axis=1).sum() == 2
+    sent = metrics.traffic
+    assert sent.total == 2 * (sent.message + sent.down)
+    whole = (
+        _method(name, task, C.random_k(3))
+        .step(
+            jax.random.key(0),
+            toys.start(task, _method(name, task, C.random_k(3))),
+            task.batch,
+        )[1]
+        .traffic
+    )
+    assert whole.total == 2 * sent.total
+
+
+def test_half_of_the_workers_still_solve_the_problem():
+    """With memories and unbiased differences, sampling workers leaves no floor."""
+    task = dbo.tasks.worker_quadratic(n=N, d=D, heterogeneity=0.3, seed=3)
+    settings = {"participants": 2, "upper_step": 0.02, "lower_step": 0.02}
+    method = _method(
+        "ef_soba",
+        task,
+        C.random_k(3),
+        linear_step=0.02,
+        **{k: v for k, v in settings.items()},
+    )
+    _, norms = toys.hypergradient_norms(method, task, 6000)
+    assert np.isfinite(norms).all()
+    assert norms[-200:].mean() < 0.05 * norms[0]
+
+
+def test_bytes_are_three_messages_up_and_all_variables_down():
+    task = _task()
+    k = 3
+    up, down = 3 * (8 * k + 8), 8 * (D + 2 * D)
+    for name in ("c_soba", "cm_soba", "ef_soba"):
+        method = _method(name, task, C.random_k(k))
+        _, metrics = toys.run(method, task, 1)
+        assert metrics.traffic == dbo.Traffic(up, N * (up + down), rounds=2, down=down)
+        method = _method(name, task, C.multi_step(C.random_k(k), 4))
+        assert toys.run(method, task, 1)[1].traffic.message == 4 * up
+        method = _method(name, task, C.random_k(k), downlink=C.random_k(k))
+        assert toys.run(method, task, 1)[1].traffic.down == up
+    plain = toys.run(_method("soba", task), task, 1)[1].traffic
+    assert (plain.message, plain.down) == (down, down)
+
+
+def test_bad_input_says_what_to_write():
+    task = _task()
+    for name in ("c_soba", "cm_soba"):
+        with pytest.raises(ValueError, match=f"`{name}` needs an unbiased compressor"):
+            _method(name, task, C.top_k(2))
+        with pytest.raises(TypeError, match="must be a Compressor"):
+            _method(name, task, 0.1)
+    with pytest.raises(ValueError, match="takes its rate from `omega`"):
+        _method("ef_soba", task, C.sign())
+    ring = dbo.mixing.mixer(dbo.topology.metropolis(dbo.topology.ring(N)))
+    with pytest.raises(ValueError, match=r"needs `dbo.mixing.averaging"):
+        _method("soba", task, mix=ring)
+    with pytest.raises(ValueError, match="At least one worker"):
+        _method("soba", task, participants=0)
+    method = _method("soba", task, participants=N + 1)
+    with pytest.raises(ValueError, match=f"whole number from 1 to {N}"):
+        method.step(jax.random.key(0), toys.start(task, method), task.batch)
+    for average in (0, 1.5):
+        with pytest.raises(ValueError, match=r"in \(0, 1\]|0 < weight <= 1"):
+            _method("cm_soba", task, C.random_k(2), average=average)
+    with pytest.raises(ValueError, match="radius > 0"):
+        _method("soba", task, clip=-1.0)
+    method = _method("ef_soba", task, C.random_k(2))
+    with pytest.raises(ValueError, match="holds 4 nodes on axis 0 and `y`"):
+        method.init(dbo.replicate(task.x0, 4), dbo.replicate(task.y0, 3))
+    assert math.isinf(A.soba.__kwdefaults__["clip"])
