@@ -13,6 +13,7 @@ LABELS = {
     "step": "step",
     "rounds": "communication rounds",
     "message_bytes": "sent over one link (MB)",
+    "down_bytes": "received from the server (MB)",
     "total_bytes": "sent over all links (MB)",
     "seconds": "time (s)",
     "gradients": "gradients per node",

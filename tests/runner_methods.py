@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import dbojax as dbo
 from dbojax.base import Consensus
 
-TRAFFIC = dbo.Traffic(message=24, total=3 * 2**40, rounds=11)
+TRAFFIC = dbo.Traffic(message=24, total=3 * 2**40, rounds=11, down=7)
 CALLS = dbo.Calls(gradients=4, products=3)
 
 

@@ -185,6 +185,7 @@ def test_counts_are_exact_and_cumulative(key, x, batch):
     assert history["step"].tolist() == steps
     expected = {
         "message_bytes": TRAFFIC.message,
+        "down_bytes": TRAFFIC.down,
         "total_bytes": TRAFFIC.total,
         "rounds": TRAFFIC.rounds,
         "gradients": CALLS.gradients,

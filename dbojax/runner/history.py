@@ -22,8 +22,8 @@ class History(dict[str, np.ndarray]):
 
     ``step`` counts from 1. The columns of ``Metrics`` come next, then the cumulative
     counts, exact int64: ``message_bytes`` (what one node has handed to one link),
-    ``total_bytes`` (over all directed links), ``rounds``, and ``gradients`` and
-    ``products`` of one node. ``seconds`` is the time in the compiled program,
+    ``down_bytes`` (what a server has handed to one worker), ``total_bytes`` (over all
+    directed links), ``rounds``, and ``gradients`` and ``products`` of one node. ``seconds`` is the time in the compiled program,
     cumulative, read at the end of a chunk with the device blocked and spread evenly
     over the chunk's steps; compiling, ``evaluate``, reading batches on the host and
     writing checkpoints are not in it. The columns of ``evaluate`` are NaN in rows at
@@ -143,6 +143,7 @@ def per_step(metrics: Metrics) -> dict[str, int]:
     """The exact counts of one step."""
     return {
         "message_bytes": metrics.traffic.message,
+        "down_bytes": metrics.traffic.down,
         "total_bytes": metrics.traffic.total,
         "rounds": metrics.traffic.rounds,
         "gradients": metrics.calls.gradients,
