@@ -160,7 +160,11 @@ def _refresh(table, drawn, now):
     def step(change, rest):
         return jnp.sum(change, 0) / jnp.asarray(drawn.size, change.dtype) + rest
 
-    last = jax.tree.map(lambda t, v: t.at[drawn.indices].set(v), table.last, now)
+    def write(last, new):
+        # Not `set`, for which a loop on CPU copies the whole table at every step.
+        return last.at[drawn.indices].add(new - read(last))
+
+    last = jax.tree.map(write, table.last, now)
     # Not `now`, which compiled into its readers may round differently in each.
     changes = jax.tree.map(lambda new, old: read(new) - read(old), last, table.last)
     estimate = jax.tree.map(lambda m, c: m + jnp.mean(c, 0), table.mean, changes)
