@@ -69,6 +69,15 @@ def test_an_epoch_is_every_sample_exactly_once(sizes, batch_size, draw):
 
 
 @pytest.mark.parametrize("draw", DRAW)
+def test_numbers_travel_with_their_samples(draw):
+    samples = numbered((3, 8))
+    samples = data.Numbered(*samples, ids=samples.labels)
+    batch = DRAW[draw](samples, 4)(5)
+    assert isinstance(batch, data.Numbered)
+    np.testing.assert_array_equal(batch.ids, batch.labels)
+
+
+@pytest.mark.parametrize("draw", DRAW)
 def test_labels_travel_with_their_inputs(draw):
     samples = numbered((3, 8))
     batch = DRAW[draw](samples, 4)(5)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dbojax.base import Batch, Indexed, Rounds, Tree
-from dbojax.tasks.data import Samples
+from dbojax.tasks.data import Numbered, Samples
 from dbojax.tasks.task import Sampler
 
 
@@ -29,7 +29,7 @@ def _shuffle(key, mask):
     return jnp.argsort(jnp.where(mask, jax.random.uniform(key, mask.shape), 2.0))
 
 
-def minibatches(samples: Samples, batch_size: int) -> Sampler:
+def minibatches(samples: Samples | Numbered, batch_size: int) -> Sampler:
     r"""Draw without replacement: each node passes through its data epoch by epoch.
 
     Node i with :math:`m_i` samples has :math:`B_i = \lceil m_i / b \rceil` batches in
@@ -78,9 +78,8 @@ def minibatches(samples: Samples, batch_size: int) -> Sampler:
         chosen, valid = jax.vmap(choose, (None, None, 0, 0))(
             key, step, nodes, samples.mask
         )
-        return Samples(
-            _take(samples.inputs, chosen), _take(samples.labels, chosen), valid
-        )
+        drawn = jax.tree.map(lambda leaf: _take(leaf, chosen), samples)
+        return drawn._replace(mask=valid)
 
     return sampler
 
@@ -225,8 +224,8 @@ def host_minibatches(samples: Tree, batch_size: int, seed: int) -> Callable:
     The same rule as :func:`minibatches`, in NumPy and with another order.
 
     Args:
-        samples: stacked :class:`Samples`, or a tree of them such as a ``Batch``, whose
-            members are drawn independently.
+        samples: stacked :class:`Samples` (numbered or not), or a tree of them such as
+            a ``Batch``, whose members are drawn independently.
         batch_size: the most samples of one node in one batch.
         seed: fixes the order.
 
@@ -248,10 +247,10 @@ def host_minibatches(samples: Tree, batch_size: int, seed: int) -> Callable:
     _check_batch_size(batch_size)
 
     def is_samples(leaf):
-        return isinstance(leaf, Samples)
+        return isinstance(leaf, Samples | Numbered)
 
     leaves, structure = jax.tree.flatten(samples, is_leaf=is_samples)
-    leaves = [Samples(*map(np.asarray, leaf)) for leaf in leaves]
+    leaves = [jax.tree.map(np.asarray, leaf) for leaf in leaves]
 
     def draw(stream, leaf, step):
         width = min(batch_size, leaf.mask.shape[1])
@@ -261,7 +260,8 @@ def host_minibatches(samples: Tree, batch_size: int, seed: int) -> Callable:
         ]
         chosen, valid = (np.stack(part) for part in zip(*picks, strict=True))
         nodes = np.arange(len(chosen))[:, None]
-        return Samples(leaf.inputs[nodes, chosen], leaf.labels[nodes, chosen], valid)
+        drawn = jax.tree.map(lambda rows: rows[nodes, chosen], leaf)
+        return drawn._replace(mask=valid)
 
     def batch_at(step):
         drawn = [draw(stream, leaf, step) for stream, leaf in enumerate(leaves)]
