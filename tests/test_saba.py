@@ -421,3 +421,20 @@ def test_a_composed_method_says_how_to_draw():
     state = method.init(*(dbo.replicate(jnp.zeros(D), 3) for _ in range(2)))
     with pytest.raises(ValueError, match=r"samplers\.indexed"):
         method.step(jax.random.key(0), state, data)
+
+
+def test_the_method_is_soba_with_this_oracle():
+    data, n = finite_sum("three nodes"), 3
+    settings = {"mix": dbo.mixing.averaging(n), "upper_step": 0.02, "lower_step": 0.03}
+    num_upper, num_lower = widths(data)
+    sampler = samplers.paired(*(samplers.indexed(level, 2) for level in data))
+    named = dbo.algorithms.saba(
+        PROBLEM, num_upper=num_upper, num_lower=num_lower, **settings
+    )
+    own = composed(dbo.oracles.saba(PROBLEM, *widths(data)), n, (0.02, 0.03, 0.03))
+    start = [dbo.replicate(jnp.ones(D), n) for _ in range(2)]
+    batch = sampler(jax.random.key(1), 0)
+    got, _ = named.step(jax.random.key(0), named.init(*start), batch)
+    want, _ = own.step(jax.random.key(0), own.init(*start), batch)
+    for a, b in zip((got.x, got.y, got.z), (want.x, want.y, want.z), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-15)
