@@ -37,6 +37,8 @@ def communicate(
         axis_name: inside ``jax.shard_map`` or ``jax.vmap`` over this axis each worker
             gives its own updates, without node axis; build the channel on
             ``dbo.mixing.along(axis_name, n)`` and call ``init`` inside as well.
+            ``shard_map`` needs ``check_vma=False``: it cannot know that all workers
+            decode the same from what they gathered.
 
     Returns:
         An optax transform. Its ``update`` takes the key of an exchange as ``key=`` if
