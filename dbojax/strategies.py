@@ -7,6 +7,7 @@ Rows are nodes, ``D`` the stacked directions, ``W V`` one exchange over a channe
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -73,9 +74,10 @@ def _diffusion(channel, optimizer, adapt_first) -> Strategy:
 
     def update(key, v, direction, state, mask=None):
         trees.check_like(direction, v, "direction", "v")
+        _no_mask(mask, "Diffusion", "each takes its own step")
         delta, opt_state = _local_step(optimizer, direction, state.optimizer, v)
         v = _add(v, delta) if adapt_first else v
-        v, memory, traffic = channel.send(key, v, state.channel, mask)
+        v, memory, traffic = channel.send(key, v, state.channel)
         v = v if adapt_first else _add(v, delta)
         return v, DiffusionState(memory, opt_state), traffic
 
@@ -194,17 +196,19 @@ def _tracking(
 
     def update(key, v, direction, state, mask=None):
         trees.check_like(direction, v, "direction", "v")
+        why = "a mean over some of the trackers is not the mean direction"
+        _no_mask(mask, "Gradient tracking", why)
         key_v, key_tracker = jax.random.split(key)
         change = jax.tree.map(jnp.subtract, direction, state.direction)
         tracker = state.tracker
         tracker = _add(tracker, change) if combine_tracker_last else tracker
         tracker, carried, sent_tracker = carrier.send(
-            key_tracker, tracker, state.tracker_channel, mask
+            key_tracker, tracker, state.tracker_channel
         )
         tracker = tracker if combine_tracker_last else _add(tracker, change)
         delta, opt_state = _local_step(optimizer, tracker, state.optimizer, v)
         v = _add(v, delta) if combine_last else v
-        v, memory, sent = channel.send(key_v, v, state.channel, mask)
+        v, memory, sent = channel.send(key_v, v, state.channel)
         v = v if combine_last else _add(v, delta)
         # Only the ATC tracker needs the new direction before it can leave; any other
         # was known one update earlier and shares a packet with V.
@@ -227,7 +231,8 @@ def allreduce(
             ``dbo.channels.exact(dbo.mixing.averaging(n))`` or one with a server.
         optimizer: local step along the average.
         known: directions, ``(n, ...)``, at which the channel's memories start, e.g. the
-            first ones, sent once as they are; by default zero, which costs nothing.
+            first ones, sent once as they are, which traffic does not count; by default
+            zero, which costs nothing.
 
     Returns:
         A strategy that keeps equal rows equal.
@@ -271,7 +276,7 @@ def allreduce(
 class AverageState(NamedTuple):
     """Moving average of the directions, and the memory of the strategy it feeds."""
 
-    average: Tree  # (n, ...)
+    average: Tree  # (n, ...), at least float32
     strategy: State
 
 
@@ -290,22 +295,20 @@ def moving_average(strategy: Strategy, weight: float) -> Strategy:
         TypeError: if ``strategy`` is not one.
     """
     _check_strategy(strategy, "moving_average(strategy)")
-    if isinstance(weight, int | float) and not 0 < weight <= 1:
+    if isinstance(weight, numbers.Real) and not 0 < weight <= 1:
         raise ValueError(f"`moving_average` needs 0 < weight <= 1, got {weight}.")
 
     def init(v):
-        return AverageState(jax.tree.map(jnp.zeros_like, v), strategy.init(v))
+        zeros = jax.tree.map(jnp.zeros_like, trees.wide(v))
+        return AverageState(zeros, strategy.init(v))
 
     def update(key, v, direction, state, mask=None):
         trees.check_like(direction, v, "direction", "v")
-        average = jax.tree.map(
-            lambda r, d: trees.times(1 - weight, r) + trees.times(weight, d),
-            state.average,
-            direction,
-        )
+        average = trees.averaged(weight, state.average, direction)
         present = None if mask is None else mask.mask
         average = trees.where(present, average, state.average)
-        v, memory, traffic = strategy.update(key, v, average, state.strategy, mask)
+        sent = trees.cast(average, direction)
+        v, memory, traffic = strategy.update(key, v, sent, state.strategy, mask)
         return v, AverageState(average, memory), traffic
 
     return Strategy(init, update)
@@ -349,7 +352,7 @@ def ball(radius: float) -> Callable[[Tree], Tree]:
     Raises:
         ValueError: if ``radius`` is not positive.
     """
-    if isinstance(radius, int | float) and not radius > 0:
+    if isinstance(radius, numbers.Real) and not radius > 0:
         raise ValueError(f"`ball` needs a radius > 0, got {radius}.")
 
     def project(v):
@@ -359,6 +362,15 @@ def ball(radius: float) -> Callable[[Tree], Tree]:
         return jax.tree.map(lambda leaf: trees.times(factor, leaf), v)
 
     return project
+
+
+def _no_mask(mask, name, why):
+    if mask is not None:
+        raise ValueError(
+            f"{name} needs all nodes in every round: {why}. Leave `mask`, or "
+            "`participants` of `compose`, out, or use "
+            "`dbo.strategies.allreduce(channel, optimizer)`."
+        )
 
 
 def _check_strategy(strategy, name):

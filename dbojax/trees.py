@@ -242,6 +242,33 @@ def times(scalar: float | jax.Array, leaf: jax.Array) -> jax.Array:
     return jnp.asarray(scalar, leaf.dtype) * leaf
 
 
+def wide(tree: Tree) -> Tree:
+    """Copy into at least float32, where running memories of short floats keep digits.
+
+    A copy in any case, so that a state may be donated.
+    """
+
+    def copy(leaf):
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+        return jnp.array(leaf, dtype, copy=True)
+
+    return jax.tree.map(copy, tree)
+
+
+def cast(tree: Tree, like: Tree) -> Tree:
+    """``tree`` in the dtypes of ``like``."""
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, like)
+
+
+def averaged(weight: float | jax.Array, average: Tree, tree: Tree) -> Tree:
+    """``(1 - weight) average + weight tree``, in the dtypes of ``average``."""
+    return jax.tree.map(
+        lambda r, d: times(1 - weight, r) + times(weight, d.astype(r.dtype)),
+        average,
+        tree,
+    )
+
+
 def ravel(tree: Tree) -> jax.Array:
     """All leaves as one vector, in the widest of their dtypes."""
     leaves = jax.tree.leaves(tree)

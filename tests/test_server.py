@@ -220,6 +220,23 @@ def test_memories_are_wide_and_keep_their_types(name, dtype):
     assert all(kind in (jnp.float32, bool) for kind in kinds)
 
 
+@pytest.mark.parametrize("name", CHANNELS)
+def test_a_first_state_may_be_donated(name):
+    """No leaf shares its buffer with another or with what the caller gave."""
+    v = jnp.ones((N, D))
+    state = CHANNELS[name].init(v)
+    held = jax.jit(CHANNELS[name].send, donate_argnums=2)(jax.random.key(0), v, state)
+    assert bool(jnp.isfinite(held[0]).all())
+    assert float(v.sum()) == N * D
+
+
+def test_a_contraction_moves_the_copies_by_all_it_sends():
+    both = TOP._replace(omega=lambda d: 1.0)
+    v = jnp.asarray(_values(1)[0])
+    _, state, _ = (c := C.two_way(MIX, both)).send(jax.random.key(0), v, c.init(0 * v))
+    np.testing.assert_array_equal(state.up.sender, [_top(row) for row in np.asarray(v)])
+
+
 def test_trees_travel_like_vectors():
     tree = {"a": jnp.asarray(_values(1)[0][:, :2]), "b": jnp.ones((N, 2, 2))}
     channel = C.ef21(MIX, TOP)
@@ -240,6 +257,31 @@ def test_bad_input_says_what_to_write():
             make(ring, TOP)
         with pytest.raises(TypeError, match=r"must be a Compressor.* got int"):
             make(MIX, 3)
+        name = f"`{make.__name__}"
+        with pytest.raises(TypeError, match=rf"{name}\(uplink\)` must be a Compressor"):
+            make(MIX, 0)
+        with pytest.raises(
+            TypeError, match=rf"{name}\(mix\)`.*averaging\(n\)`; got int"
+        ):
+            make(N, TOP)
+    with pytest.raises(
+        TypeError, match=r"`server\(downlink\)` must be .* got function"
+    ):
+        C.server(MIX, TOP, dbo.compressors.sign)
+    with pytest.raises(ValueError, match="`two_way` needs a contraction"):
+        C.two_way(MIX, HALF)
+    with pytest.raises(ValueError, match=r"this one\s+declares neither"):
+        C.diana(MIX, HALF, biased)
+    for weight in (2, np.float32(2)):
+        with pytest.raises(ValueError, match="0 < weight <= 1, got 2"):
+            C.smoothed(C.server(MIX), weight)
+    for name, channel in CHANNELS.items():
+        with pytest.raises(ValueError, match="`v` holds 3 nodes"):
+            channel.send(jax.random.key(0), v[:3], channel.init(v))
+        if not name.startswith("server"):
+            for other, what in ((v[:, :1], "shapes"), ({"a": v}, "structure")):
+                with pytest.raises(ValueError, match=f"`v` must have the {what} of"):
+                    channel.send(jax.random.key(0), other, channel.init(v))
     for make in (C.ef14, C.ef21):
         with pytest.raises(ValueError, match=r"Wrap an unbiased one as .*scaled"):
             make(MIX, HALF)
@@ -247,8 +289,6 @@ def test_bad_input_says_what_to_write():
             make(MIX, TOP, biased)
     with pytest.raises(ValueError, match="`diana` takes its rate from `omega`"):
         C.diana(MIX, TOP)
-    with pytest.raises(ValueError, match="0 < weight <= 1, got 2"):
-        C.smoothed(C.server(MIX), 2)
     with pytest.raises(TypeError, match="must be a Channel"):
         C.smoothed(MIX, 0.5)
     with pytest.raises(ValueError, match="holds 3 nodes"):

@@ -1,7 +1,5 @@
 """SOBA with a server and its compressed descendants: loops, limits, golden values."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -308,6 +306,33 @@ def test_bytes_are_three_messages_up_and_all_variables_down():
     assert (plain.message, plain.down) == (down, down)
 
 
+@pytest.mark.parametrize("new", [True, False])
+def test_averages_keep_types_and_digits(new):
+    """A weight in a wider type, and steps of the average below a bfloat16's digits."""
+    task = _task()
+    short = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), task.batch)
+    start = [dbo.replicate(v.astype(jnp.bfloat16), N) for v in (task.x0, task.y0)]
+    weight, settings = np.float64(1e-3), {"new_average": new}
+    for name, extra in (("cm_soba", settings), ("ma_soba", settings), ("ef_soba", {})):
+        method = _method(name, task, C.identity(), average=weight, **extra)
+        state = method.init(*start)
+        after, _ = method.step(jax.random.key(0), state, short)
+        for a, b in zip(*map(jax.tree.leaves, (state, after)), strict=True):
+            assert a.dtype == b.dtype
+    average = dbo.strategies.moving_average(
+        dbo.strategies.allreduce(
+            dbo.channels.server(dbo.mixing.averaging(N)), optax.sgd(0.0)
+        ),
+        weight,
+    )
+    v = jnp.ones((N, 1), jnp.bfloat16)
+    move = jax.jit(average.update)
+    state = average.init(v)
+    for _ in range(1000):
+        _, state, _ = move(jax.random.key(0), v, v, state)
+    np.testing.assert_allclose(state.average, 1 - 0.999**1000, rtol=1e-4)
+
+
 def test_bad_input_says_what_to_write():
     task = _task()
     for name in ("c_soba", "cm_soba"):
@@ -320,17 +345,31 @@ def test_bad_input_says_what_to_write():
     ring = dbo.mixing.mixer(dbo.topology.metropolis(dbo.topology.ring(N)))
     with pytest.raises(ValueError, match=r"needs `dbo.mixing.averaging"):
         _method("soba", task, mix=ring)
-    with pytest.raises(ValueError, match="At least one worker"):
-        _method("soba", task, participants=0)
+    for participants in (0, 2.5):
+        with pytest.raises(ValueError, match="whole number of workers, at least one"):
+            _method("soba", task, participants=participants)
     method = _method("soba", task, participants=N + 1)
     with pytest.raises(ValueError, match=f"whole number from 1 to {N}"):
         method.step(jax.random.key(0), toys.start(task, method), task.batch)
     for average in (0, 1.5):
         with pytest.raises(ValueError, match=r"in \(0, 1\]|0 < weight <= 1"):
             _method("cm_soba", task, C.random_k(2), average=average)
-    with pytest.raises(ValueError, match="radius > 0"):
-        _method("soba", task, clip=-1.0)
+    for clip in (-1.0, np.float32(-1)):
+        with pytest.raises(ValueError, match="radius > 0"):
+            _method("soba", task, clip=clip)
+    mean, oracle = dbo.mixing.averaging(N), dbo.oracles.soba(task.problem)
+    exact = dbo.strategies.allreduce(dbo.channels.exact(mean), optax.sgd(0.1))
+    tracking = dbo.strategies.gradient_tracking(
+        dbo.channels.server(mean), optax.sgd(0.1)
+    )
+    for strategy, match in (
+        (exact, r"takes no mask.* `participants`.*channels\.server"),
+        (tracking, r"tracking needs all nodes.* `participants`"),
+    ):
+        phase = A.Phase(x=strategy, y=strategy, z=strategy)
+        method = A.compose(task.problem, oracle, phase, participants=2)
+        with pytest.raises(ValueError, match=match):
+            method.step(jax.random.key(0), toys.start(task, method), task.batch)
     method = _method("ef_soba", task, C.random_k(2))
     with pytest.raises(ValueError, match="holds 4 nodes on axis 0 and `y`"):
         method.init(dbo.replicate(task.x0, 4), dbo.replicate(task.y0, 3))
-    assert math.isinf(A.soba.__kwdefaults__["clip"])

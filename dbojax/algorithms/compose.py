@@ -104,10 +104,12 @@ def compose(
     trees.check_type(problem, Problem, "problem", "dbo.Problem(upper=f, lower=g)")
     trees.check_type(oracle, Oracle, "oracle", "dbo.oracles.soba(problem)")
     _check_phases(phases)
-    if participants is not None and participants < 1:
+    if participants is not None and (
+        not isinstance(participants, numbers.Integral) or participants < 1
+    ):
         raise ValueError(
-            f"At least one worker takes part in a step; got participants={participants}"
-            ". Write None for all."
+            "A whole number of workers, at least one, takes part in a step; got "
+            f"participants={participants!r}. Write None for all."
         )
 
     def init(x, y):

@@ -9,16 +9,19 @@ differ in what travels up to the server and in what both ends remember.
 from __future__ import annotations
 
 import math
+import numbers
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from dbojax import trees
 from dbojax.algorithms.compose import Phase, Step, compose, local_step
 from dbojax.base import Algorithm, Channel, Compressor, Mix, Oracle, Problem
 from dbojax.channels import diana, server
 from dbojax.oracles import saba as saba_oracle
 from dbojax.oracles import soba as soba_oracle
 from dbojax.strategies import allreduce, ball, moving_average, projected
-from dbojax.trees import check_type
 
 
 def soba(
@@ -327,7 +330,7 @@ def _steps(upper_step, lower_step, linear_step):
 def _unbiased_servers(name, mix, upper, lower, downlink) -> tuple[Channel, Channel]:
     for level, compressor in (("upper", upper), ("lower", lower)):
         example = "dbo.compressors.random_k(0.1)"
-        check_type(compressor, Compressor, f"{name}({level})", example)
+        trees.check_type(compressor, Compressor, f"{name}({level})", example)
         if compressor.omega is None:
             raise ValueError(
                 f"`{name}` needs an unbiased compressor as `{level}`, but this one "
@@ -337,16 +340,17 @@ def _unbiased_servers(name, mix, upper, lower, downlink) -> tuple[Channel, Chann
     return server(mix, upper, downlink), server(mix, lower, downlink)
 
 
-def _averaged(weight, new: bool) -> optax.GradientTransformation:
+def _averaged(weight: float, new: bool) -> optax.GradientTransformation:
     """Moving average from zero; the old one is what stood before this update."""
-    if isinstance(weight, int | float) and not 0 < weight <= 1:
+    if isinstance(weight, numbers.Real) and not 0 < weight <= 1:
         raise ValueError(f"`average` must be in (0, 1], got {weight}.")
-    ema = optax.ema(1 - weight, debias=False)
-    if new:
-        return ema
+
+    def init(params):
+        return jax.tree.map(jnp.zeros_like, trees.wide(params))
 
     def update(updates, state, params=None):
-        _, after = ema.update(updates, state, params)
-        return state.ema, after
+        del params
+        after = trees.averaged(weight, state, updates)
+        return trees.cast(after if new else state, updates), after
 
-    return optax.GradientTransformation(ema.init, update)
+    return optax.GradientTransformation(init, update)

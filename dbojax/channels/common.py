@@ -19,9 +19,9 @@ def compressed(
     return mix.lift(compressor.compress)(keys, v, memory)
 
 
-def check_mix(mix, name):
+def check_mix(mix, name, example="dbo.mixing.mixer(w)"):
     """Refuse what is not a mix."""
-    trees.check_type(mix, Mix, f"{name}(mix)", "dbo.mixing.mixer(w)")
+    trees.check_type(mix, Mix, f"{name}(mix)", example)
 
 
 def check_gamma(gamma, name):
@@ -37,14 +37,15 @@ def check_gamma(gamma, name):
         )
 
 
-def check_compressor(compressor, name):
+def check_compressor(compressor, name, argument):
     """Refuse what is not a compressor."""
-    trees.check_type(compressor, Compressor, name, "dbo.compressors.top_k(0.1)")
+    example = "dbo.compressors.top_k(0.1)"
+    trees.check_type(compressor, Compressor, f"{name}({argument})", example)
 
 
-def check_contraction(compressor, name):
+def check_contraction(compressor, name, argument="compressor"):
     """Refuse a compressor without `delta`."""
-    check_compressor(compressor, f"{name}(compressor)")
+    check_compressor(compressor, name, argument)
     if compressor.delta is None:
         raise ValueError(
             f"`{name}` needs a contraction, but this compressor declares no `delta`. "

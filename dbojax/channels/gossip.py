@@ -268,5 +268,6 @@ def _no_mask(mask, name):
     if mask is not None:
         raise ValueError(
             f"`{name}` exchanges with all neighbours in every round and takes no mask; "
-            "leave `mask` out."
+            "leave `mask`, or `participants` of `compose`, out, or use a channel with "
+            "a server, e.g. `dbo.channels.server(dbo.mixing.averaging(n))`."
         )

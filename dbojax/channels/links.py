@@ -71,7 +71,7 @@ def plain(compressor: Compressor | None) -> Link:
 def residual(compressor: Compressor) -> Link:
     """The sender adds what earlier messages left out."""
     return plain(compressor)._replace(
-        sender=lambda known: jax.tree.map(jnp.zeros_like, wide(known)),
+        sender=lambda known: jax.tree.map(jnp.zeros_like, trees.wide(known)),
         target=lambda v, memory: jax.tree.map(jnp.add, v, memory),
         keep=lambda target, sent, memory: jax.tree.map(jnp.subtract, target, sent),
     )
@@ -100,8 +100,8 @@ def differences(
 
     return Link(
         compressor,
-        sender=wide,
-        receiver=wide,
+        sender=trees.wide,
+        receiver=trees.wide,
         target=lambda v, memory: jax.tree.map(jnp.subtract, v, memory),
         keep=lambda target, sent, memory: moved(sent, memory),
         hear=hear,
@@ -109,8 +109,10 @@ def differences(
 
 
 def markov(compressor) -> Link:
-    """Both ends hold the memory itself, an unbiased compressor's shrunk moves."""
-    return differences(compressor, rate_of(compressor), gain=None)
+    """Both ends hold the memory itself; what is no contraction moves it by less."""
+    whole = compressor.delta is not None
+    rate = (lambda sent: 1.0) if whole else rate_of(compressor)
+    return differences(compressor, rate, gain=None)
 
 
 def rate_of(compressor) -> Callable[[Tree], float]:
@@ -133,6 +135,7 @@ def over_server(mix: Mix, up: Link, down: Link) -> Channel:
 
     def send(key, v, state, mask=None):
         present = present_rows(mix, mask)
+        check_value(v, rows, state.up.sender)
         share = n if mask is None else mask.count
         key_up, key_down = jax.random.split(key)
         target = up.target(v, state.up.sender)
@@ -148,13 +151,20 @@ def over_server(mix: Mix, up: Link, down: Link) -> Channel:
             (mix.lift(up.keep)(target, own, state.up.sender), memory),
             (state.up.sender, state.up.compressor),
         )
-        estimate = _cast(estimate, trees.one_node(v))
+        estimate = trees.cast(estimate, trees.one_node(v))
         held, answer, state_down = _answer(down, key_down, estimate, state.down)
         state = ServerState(LinkState(sender, receiver, memory), state_down)
         held = jax.tree.map(lambda a, b: jnp.broadcast_to(a[None], b.shape), held, v)
         return held, state, _traffic(payload, answer, n, share, down)
 
     return Channel(init, send, mix, averages=True)
+
+
+def check_value(v, rows, memory):
+    """Refuse values that are not of the kind that a memory, if any, is about."""
+    trees.check_nodes(v, rows, "v")
+    if jax.tree.leaves(memory):
+        trees.check_like(jax.eval_shape(trees.wide, v), memory, "v", "known")
 
 
 def _start(link: Link, of_senders, of_receiver, lift) -> LinkState:
@@ -170,7 +180,7 @@ def _answer(down: Link, key, estimate, state: LinkState):
     sent = down.compressor.decompress(payload, target)
     held, receiver = down.hear(sent, sent, state.receiver)
     sender = down.keep(target, sent, state.sender)
-    return _cast(held, estimate), payload, LinkState(sender, receiver, memory)
+    return trees.cast(held, estimate), payload, LinkState(sender, receiver, memory)
 
 
 def _heard(mix, compressor, payload, target, present):
@@ -220,17 +230,3 @@ def present_rows(mix, mask) -> jax.Array | None:
 
 def _first(tree):
     return jax.tree.map(lambda leaf: leaf[0], tree)
-
-
-def wide(tree):
-    """Running memories keep their digits when the values are short floats.
-
-    Copies, as no two memories may share a buffer: it could not be donated.
-    """
-    return jax.tree.map(
-        lambda leaf: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), tree
-    )
-
-
-def _cast(tree, like):
-    return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, like)

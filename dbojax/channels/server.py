@@ -5,12 +5,17 @@ by what the ends of its links remember; ``C`` is the uplink's compressor. Memori
 at least float32; there the server's parts from the mean of the workers' by rounding,
 by some 1e-5 of the values after 1e5 exchanges of values that never settle.
 
+With a mask only those present send and move their memories. Estimates then average
+the messages over those present, unbiased if all sets are drawn alike, while memories of
+a server always move by a sum divided by n.
+
 They suit strategies that send directions (`allreduce`) or values (diffusion); gradient
-tracking loses the mean of its trackers over a compressed one.
+tracking loses the mean of its trackers over a compressed one and takes no mask.
 """
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -21,6 +26,7 @@ from dbojax.base import Channel, Compressor, Mix, State, Tree
 from dbojax.channels.common import check_compressor, check_contraction, check_mix
 from dbojax.channels.links import (
     EVERYTHING,
+    check_value,
     differences,
     markov,
     over_server,
@@ -28,7 +34,6 @@ from dbojax.channels.links import (
     present_rows,
     rate_of,
     residual,
-    wide,
 )
 
 
@@ -39,9 +44,9 @@ def server(
 
     .. math:: \hat v = C'\Bigl(\frac1n \sum_i C(v_i)\Bigr)
 
-    An unbiased ``C`` gives an unbiased estimate whose variance does not vanish while
-    the :math:`v_i` differ, :math:`\omega / n` times the mean of :math:`\|v_i\|^2`; a
-    biased one is the naive way, kept as an ablation.
+    An unbiased ``C`` gives an unbiased estimate whose variance, up to
+    :math:`\omega / n` times the mean of :math:`\|v_i\|^2`, does not vanish while the
+    :math:`v_i` differ; a biased one is the naive way, kept as an ablation.
 
     Args:
         mix: gives everyone the mean, ``dbo.mixing.averaging(n)``.
@@ -64,7 +69,8 @@ def server(
         >>> bool((held == held[:1]).all()), traffic.message, traffic.down
         (True, 24, 64)
     """
-    _check(mix, "server", uplink or EVERYTHING, downlink, check_compressor)
+    sends = EVERYTHING if uplink is None else uplink
+    _check(mix, "server", sends, downlink, check_compressor)
     return over_server(mix, plain(uplink), plain(downlink))
 
 
@@ -160,6 +166,8 @@ def two_way(mix: Mix, compressor: Compressor) -> Channel:
     References:
         Wang, Lin and Chen (2022), arXiv:2111.00705, CD-Adam.
     """
+    check_mix(mix, "two_way", "dbo.mixing.averaging(n)")
+    check_contraction(compressor, "two_way")
     return ef21(mix, compressor, downlink=compressor)
 
 
@@ -177,8 +185,9 @@ def diana(
         m_i \leftarrow m_i + \delta c_i, \quad
         m \leftarrow m + \tfrac\delta n \textstyle\sum_i c_i
 
-    An unbiased estimate with variance :math:`\omega / n^2 \sum_i \|v_i - m_i\|^2`,
-    which vanishes as the values settle, however much they differ.
+    With an unbiased ``C`` an unbiased estimate with a variance of at most
+    :math:`\omega / n^2 \sum_i \|v_i - m_i\|^2`, which vanishes as the values settle,
+    however much they differ.
 
     Args:
         mix: gives everyone the mean, ``dbo.mixing.averaging(n)``.
@@ -194,7 +203,8 @@ def diana(
         A channel whose server's memory is the mean of the workers'.
 
     Raises:
-        ValueError: as :func:`server`, or if ``uplink`` is biased and no rate is given.
+        ValueError: as :func:`server`, if ``uplink`` is biased and no rate is given, or
+            if ``downlink`` declares neither ``omega`` nor ``delta``.
         TypeError: if an argument is of another kind.
 
     Examples:
@@ -216,6 +226,14 @@ def diana(
             "`diana` takes its rate from `omega`, but this uplink declares none: it is "
             "biased. Use an unbiased one, e.g. `dbo.compressors.random_k(0.1)`, or "
             "`dbo.channels.ef21(mix, uplink)`."
+        )
+    if isinstance(rate, numbers.Real) and not 0 < rate <= 1:
+        raise ValueError(f"`diana` needs a rate in (0, 1], got {rate}.")
+    if downlink is not None and downlink.delta is None and downlink.omega is None:
+        raise ValueError(
+            "`diana` needs a downlink whose memory catches up: an unbiased one (its "
+            "`omega` is known) or a contraction (its `delta` is), e.g. "
+            "`dbo.compressors.top_k(0.1)`; this one declares neither."
         )
     rates = rate_of(uplink) if rate is None else lambda sent: rate
     down = plain(None) if downlink is None else markov(downlink)
@@ -263,25 +281,22 @@ def smoothed(channel: Channel, weight: float) -> Channel:
     example = "dbo.channels.ef21(mix, compressor)"
     trees.check_type(channel, Channel, "smoothed(channel)", example)
     trees.check_type(channel.mix, Mix, "smoothed(channel).mix", "channel.mix")
-    if isinstance(weight, int | float) and not 0 < weight <= 1:
+    if isinstance(weight, numbers.Real) and not 0 < weight <= 1:
         raise ValueError(f"`smoothed` needs 0 < weight <= 1, got {weight}.")
 
     def init(known):
         memory = channel.init(known)
         started = jnp.zeros(trees.num_nodes(known, "known"), bool)
-        return SmoothedState(wide(known), started, memory)
+        return SmoothedState(trees.wide(known), started, memory)
 
     def send(key, v, state, mask=None):
         present = present_rows(channel.mix, mask)
-        average = jax.tree.map(
-            lambda u, a: trees.times(1 - weight, u) + trees.times(weight, a),
-            state.average,
-            wide(v),
-        )
-        average = trees.where(state.started, average, wide(v))
+        check_value(v, len(state.started), state.average)
+        average = trees.averaged(weight, state.average, v)
+        average = trees.where(state.started, average, trees.wide(v))
         average = trees.where(present, average, state.average)
         started = jnp.ones_like(state.started) if present is None else present
-        sent = jax.tree.map(lambda u, a: u.astype(a.dtype), average, v)
+        sent = trees.cast(average, v)
         held, memory, traffic = channel.send(key, sent, state.channel, mask)
         started = started | state.started
         return held, SmoothedState(average, started, memory), traffic
@@ -290,13 +305,13 @@ def smoothed(channel: Channel, weight: float) -> Channel:
 
 
 def _check(mix, name, uplink, downlink, check):
-    check_mix(mix, name)
+    check_mix(mix, name, "dbo.mixing.averaging(n)")
     if not mix.averages:
         raise ValueError(
             f"`{name}` has a server, which hears all workers at once: it needs "
             "`dbo.mixing.averaging(n)`, or `dbo.mixing.along(axis_name, n)` inside "
             "`shard_map`. Over another graph use `dbo.channels.reference_point`."
         )
-    check(uplink, name)
+    check(uplink, name, "uplink")
     if downlink is not None:
-        check(downlink, name)
+        check(downlink, name, "downlink")

@@ -69,17 +69,15 @@ def scale_by_amsgrad(
     """
 
     def init(params) -> Any:
-        def zeros():
-            return jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p.dtype)), params)
-
-        return AmsgradState(jnp.zeros((), jnp.int32), zeros(), zeros(), zeros())
+        moments = (jax.tree.map(jnp.zeros_like, trees.wide(params)) for _ in range(3))
+        return AmsgradState(jnp.zeros((), jnp.int32), *moments)
 
     def update(updates, state, params=None) -> Any:
         del params
         steps = jnp.asarray(optax.safe_increment(state.steps))
-        wide = jax.tree.map(lambda u: u.astype(_wide(u.dtype)), updates)
-        mu = averaged(state.mu, wide, b1)
-        nu = averaged(state.nu, jax.tree.map(jnp.square, wide), b2)
+        squares = jax.tree.map(jnp.square, trees.wide(updates))
+        mu = trees.averaged(1 - b1, state.mu, updates)
+        nu = trees.averaged(1 - b2, state.nu, squares)
         first = 1 - b1**steps if bias_correction else 1.0
         second = 1 - b2**steps if bias_correction else 1.0
         largest = corrected(nu, second) if max_of_corrected else nu
@@ -96,13 +94,6 @@ def scale_by_amsgrad(
         return scaled_updates, AmsgradState(steps, mu, nu, nu_max)
 
     return optax.GradientTransformation(init, update)
-
-
-def averaged(old: Tree, new: Tree, decay) -> Tree:
-    """``decay old + (1 - decay) new`` in the dtypes of ``old``."""
-    return jax.tree.map(
-        lambda a, b: trees.times(decay, a) + trees.times(1 - decay, b), old, new
-    )
 
 
 def corrected(moment: Tree, weight) -> Tree:
@@ -151,7 +142,3 @@ def two_step_decay(learning_rate: float, steps: int) -> optax.Schedule:
         return learning_rate * jnp.where(t < steps // 2, 1.0, late)
 
     return rate
-
-
-def _wide(dtype):
-    return jnp.promote_types(dtype, jnp.float32)

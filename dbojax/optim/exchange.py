@@ -76,7 +76,8 @@ def communicate(
         if channel.averages:
             known = trees.replicate(known, mix.weights.shape[0])
         memory = channel.init(known)
-        key = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
+        typed = jax.dtypes.issubdtype(getattr(seed, "dtype", int), jax.dtypes.prng_key)
+        key = seed if typed else jax.random.key(seed)
         traffic = jax.eval_shape(channel.send, key, known, memory)[2]
         return CommunicateState(key, memory, traffic)
 

@@ -13,7 +13,6 @@ import optax
 from dbojax import trees
 from dbojax.base import Mix, Traffic
 from dbojax.channels import server
-from dbojax.channels.links import wide
 from dbojax.optim.exchange import as_rows, first
 
 
@@ -95,7 +94,9 @@ def _power_iteration(mix, rank, seed, axis_name):
         return first(held), traffic
 
     def init(params) -> Any:
-        matrices = [leaf for leaf in jax.tree.leaves(wide(params)) if leaf.ndim > 1]
+        matrices = [
+            leaf for leaf in jax.tree.leaves(trees.wide(params)) if leaf.ndim > 1
+        ]
         keys = jax.random.split(jax.random.key(seed), len(matrices))
         residual, q = [], []
         for key, leaf in zip(keys, matrices, strict=True):

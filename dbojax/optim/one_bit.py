@@ -13,10 +13,10 @@ import optax
 from dbojax import trees
 from dbojax.base import Compressor, Mix, State, Traffic, Tree
 from dbojax.channels import server
-from dbojax.channels.links import over_server, residual, wide
+from dbojax.channels.links import over_server, residual
 from dbojax.compressors import on_trees, stateless
 from dbojax.compressors.quantised import Packed, pack, unpack, widened
-from dbojax.optim.amsgrad import averaged, corrected
+from dbojax.optim.amsgrad import corrected
 from dbojax.optim.exchange import as_rows, first
 
 
@@ -106,13 +106,19 @@ def one_bit_adam(
         rows = as_rows(updates, params, mix, axis_name, unstack=True)
 
         def warm(memory):
-            mean = phases.dense(wide(rows), mask)
+            mean = phases.dense(trees.wide(rows), mask)
             squares = jax.tree.map(jnp.square, mean)
-            return averaged(state.mu, mean, b1), averaged(state.nu, squares, b2), memory
+            return (
+                trees.averaged(1 - b1, state.mu, mean),
+                trees.averaged(1 - b2, state.nu, squares),
+                memory,
+            )
 
         def frozen(memory):
             mu = trees.replicate(state.mu, mix.weights.shape[0])
-            mu, memory = phases.compressed(averaged(mu, rows, b1), memory, mask)
+            mu, memory = phases.compressed(
+                trees.averaged(1 - b1, mu, rows), memory, mask
+            )
             if live is not None:
                 mu = jax.tree.map(lambda m, a: m * jnp.asarray(a, m.dtype), mu, live)
             return mu, state.nu, memory
@@ -183,11 +189,11 @@ def one_bit_adam_on_gradients(
         rows = as_rows(updates, params, mix, axis_name, unstack=True)
         mean, memory = jax.lax.cond(
             state.steps < freeze,
-            lambda memory: (phases.dense(wide(rows), mask), memory),
-            lambda memory: phases.compressed(wide(rows), memory, mask),
+            lambda memory: (phases.dense(trees.wide(rows), mask), memory),
+            lambda memory: phases.compressed(trees.wide(rows), memory, mask),
             state.channel,
         )
-        mean = jax.tree.map(lambda a, u: a.astype(u.dtype), mean, rows)
+        mean = trees.cast(mean, rows)
         steps = optax.safe_increment(state.steps)
         return mean, state._replace(steps=steps, channel=memory)
 
@@ -205,8 +211,9 @@ def _scale_by_frozen_adam(b1, b2, eps, freeze):
     def update(updates, state, params=None) -> Any:
         del params
         count = optax.safe_increment(state.count)
-        mu = averaged(state.mu, wide(updates), b1)
-        nu = averaged(state.nu, jax.tree.map(jnp.square, wide(updates)), b2)
+        mu = trees.averaged(1 - b1, state.mu, updates)
+        squares = jax.tree.map(jnp.square, trees.wide(updates))
+        nu = trees.averaged(1 - b2, state.nu, squares)
         nu = jax.tree.map(lambda a, b: jnp.where(count <= freeze, a, b), nu, state.nu)
         scaled = jax.tree.map(
             lambda u, m, v: (m / (jnp.sqrt(v) + jnp.asarray(eps, v.dtype))).astype(
@@ -280,7 +287,7 @@ def _phases(mix, freeze, name) -> _Phases:
 
 
 def _moments(params):
-    return jax.tree.map(jnp.zeros_like, wide(params))
+    return jax.tree.map(jnp.zeros_like, trees.wide(params))
 
 
 def _decay(weight_decay):
