@@ -245,6 +245,16 @@ def test_not_a_number_is_seen(c, key):
     assert any(seen)
 
 
+@pytest.mark.parametrize("c", CASES.values(), ids=CASES)
+def test_nothing_is_lost_of_nothing(c, key):
+    assert c.delta is None or c.delta(0) == 1
+    assert c.omega is None or c.omega(0) == 0
+    for each in (c, C.scaled(c)) if c.omega else (c,):
+        for v in ((), {"a": jnp.zeros((0, 2))}):
+            payload, _ = each.compress(key, v, each.init(v))
+            assert trees.nbytes(payload) == trees.nbytes(each.decompress(payload, v))
+
+
 def test_empty_trees_send_nothing(key):
     for c in (
         C.top_k(0.1),

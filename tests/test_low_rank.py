@@ -123,4 +123,5 @@ def test_declared_law():
     assert C.low_rank(2).delta(0) == 1
     assert C.low_rank(2, (50, 5)).delta(250) == 2 / 5
     assert C.low_rank(5, (50, 5)).delta(250) == 1
+    assert C.low_rank(5, (4, 4)).delta(100) == 1  # several leaves, all dense
     assert C.low_rank(2).omega is None

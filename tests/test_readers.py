@@ -1,5 +1,6 @@
 """Readers: what is written comes back, and what is broken is refused."""
 
+import bz2
 import gzip
 
 import numpy as np
@@ -125,7 +126,7 @@ BAD_LINES = {
     "value": ("1 1:a\n", "not a LIBSVM file"),
     "no value": ("1 1\n", "not a LIBSVM file"),
     "order": ("1 3:1 2:1\n", "not a LIBSVM file"),
-    "too few features": ("1 9:1\n", "not a LIBSVM file"),
+    "too few features": ("1 9:1\n", "has 9 features, got d=4"),
     "empty": ("", "no samples"),
     "regression": ("0.25 1:1\n1 1:2\n", "got e.g. 0.25"),
     "not finite": ("1 1:nan\n", "not finite"),
@@ -140,3 +141,43 @@ def test_a_broken_libsvm_file_is_refused(tmp_path, case):
     path.write_text(text)
     with pytest.raises(ValueError, match=words):
         readers.libsvm(path, d=4)
+
+
+def damaged(raw):
+    """An archive with flipped bits in its middle."""
+    packed = bytearray(gzip.compress(raw))
+    packed[len(packed) // 2 : len(packed) // 2 + 9] = b"\xff" * 9
+    return bytes(packed)
+
+
+ARCHIVES = {
+    "bits.gz": damaged(LIBSVM.encode() + np.random.default_rng(0).bytes(500)),
+    "short.gz": gzip.compress(LIBSVM.encode())[:-12],
+    "text.gz": LIBSVM.encode(),
+    "short.bz2": bz2.compress(LIBSVM.encode())[:-9],
+    "text.bz2": LIBSVM.encode(),
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_a_broken_libsvm_archive_is_refused(tmp_path, name):
+    pytest.importorskip("sklearn")
+    (tmp_path / name).write_bytes(ARCHIVES[name])
+    with pytest.raises(ValueError, match="not a LIBSVM file"):
+        readers.libsvm(tmp_path / name)
+
+
+def test_a_missing_libsvm_file_is_missing(tmp_path):
+    pytest.importorskip("sklearn")
+    with pytest.raises(FileNotFoundError):
+        readers.libsvm(tmp_path / "nowhere")
+
+
+def test_comments_queries_and_an_index_zero(tmp_path):
+    pytest.importorskip("sklearn")
+    path = tmp_path / "tiny.txt"
+    path.write_text("# a\n7 qid:1 1:2 # b\n\n3 qid:1 2:1\n")
+    found = readers.libsvm(path)
+    assert (found.inputs.tolist(), found.labels.tolist()) == ([[2, 0], [0, 1]], [1, 0])
+    path.write_text("7 0:2\n3 1:1\n")
+    assert readers.libsvm(path, d=2).inputs.tolist() == [[2, 0], [0, 1]]

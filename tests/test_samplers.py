@@ -150,6 +150,17 @@ def test_indexed_samples_are_distinct_true_and_where_they_say(sizes, batch_size)
             chex.assert_trees_all_equal(there, here)
 
 
+def test_numbered_samples_that_are_masked_are_never_drawn():
+    whole = numbered((3, 7))
+    known = data.Numbered(*whole, ids=whole.labels)
+    sampler = jax.jit(samplers.indexed(known, 3))
+    for step in range(10):
+        batch = sampler(jax.random.key(2), step)
+        assert batch.data.mask.all()
+        assert batch.size.tolist() == [3, 7]
+        np.testing.assert_array_equal(batch.data.ids, batch.data.labels)
+
+
 def test_indexed_draws_are_uniform_and_independent():
     sampler = samplers.indexed(numbered((4, 3)), 2)
     draws = 6000

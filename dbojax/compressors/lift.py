@@ -71,7 +71,8 @@ def on_trees(compressor: Compressor) -> Compressor:
             only shape and dtype.
 
     Returns:
-        A compressor of the same law, ``d`` being the number of entries of the tree.
+        A compressor of the same law, ``d`` being the number of entries of the tree;
+        nothing is lost of none, ``delta(0) = 1`` and ``omega(0) = 0``.
 
     Raises:
         ValueError: at trace time, if a leaf is not real floating point.
@@ -110,11 +111,16 @@ def on_trees(compressor: Compressor) -> Compressor:
             into,
         )
 
+    def unless_empty(law, of_nothing):
+        return None if law is None else lambda d: law(d) if d else of_nothing
+
     return compressor._replace(
         init=init,
         compress=compress,
         decompress=decompress,
         add=add if compressor.add else None,
+        delta=unless_empty(compressor.delta, 1.0),
+        omega=unless_empty(compressor.omega, 0.0),
     )
 
 
@@ -178,19 +184,20 @@ def per_leaf(compressor: Compressor, like: Tree | None = None) -> Compressor:
         ]
         return jax.tree.unflatten(structure, parts)
 
-    def worst(law, extreme):
+    def worst(law, extreme, of_nothing):
         if law is None:
             return None
 
         def of_all_leaves(d):
             if like is None:
-                return extreme(map(law, range(1, d + 1)))
+                return extreme(map(law, range(1, d + 1)), default=of_nothing)
             if d != trees.size(like):
                 raise ValueError(
                     f"`per_leaf(like=...)` knows the law for d={trees.size(like)} "
                     f"entries, got d={d}. Give the tree that is sent as `like`."
                 )
-            return extreme(law(trees.size(leaf)) for leaf in jax.tree.leaves(like))
+            laws = (law(trees.size(leaf)) for leaf in jax.tree.leaves(like))
+            return extreme(laws, default=of_nothing)
 
         return of_all_leaves
 
@@ -199,6 +206,6 @@ def per_leaf(compressor: Compressor, like: Tree | None = None) -> Compressor:
         compress=compress,
         decompress=decompress,
         add=add if compressor.add else None,
-        delta=worst(compressor.delta, min),
-        omega=worst(compressor.omega, max),
+        delta=worst(compressor.delta, min, 1.0),
+        omega=worst(compressor.omega, max, 0.0),
     )

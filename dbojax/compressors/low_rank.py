@@ -58,10 +58,10 @@ def low_rank(rank: int, shape: tuple[int, int] | None = None) -> Compressor:
             with zeros; None: the first axis of the leaf against all others.
 
     Returns:
-        A contraction with ``delta = rank / min(shape)``; without ``shape`` the law
-        holds for any tree of d entries, ``delta = rank / isqrt(d)`` (at most 1), since
-        min(m, n) is at most the root of m n. The message is a tuple with one entry
-        per leaf.
+        A contraction with ``delta = rank / min(shape)``, at most 1; without ``shape``
+        the law holds for any tree of d entries, ``delta = rank / isqrt(d)`` (at most
+        1), since min(m, n) is at most the root of m n. The message is a tuple with one
+        entry per leaf.
 
     Raises:
         ValueError: if ``rank`` is not an integer >= 1 or ``shape`` is not a pair of
@@ -149,7 +149,7 @@ def low_rank(rank: int, shape: tuple[int, int] | None = None) -> Compressor:
     def delta(d):
         if shape is None:
             return min(1.0, rank / max(1, math.isqrt(d)))
-        return 1.0 if rank * sum(shape) >= d else rank / min(shape)
+        return 1.0 if rank * sum(shape) >= d else min(1.0, rank / min(shape))
 
     leafwise = Compressor(init=init, compress=compress, decompress=decompress)
     return per_leaf(leafwise)._replace(delta=delta)

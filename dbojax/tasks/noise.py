@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from dbojax import trees
 from dbojax.base import Batch, Problem, Tree, by_level
+from dbojax.tasks.samplers import check_batch_size
 from dbojax.tasks.task import Task
 
 
@@ -38,7 +39,7 @@ def with_gradient_noise(task: Task, sigma: float) -> Task:
         The task with ``batch`` free of noise and ``sampler(b)`` with noise.
 
     Raises:
-        ValueError: if ``sigma`` is negative.
+        ValueError: if ``sigma`` is negative; from ``sampler``, if b is not positive.
 
     Examples:
         >>> task = with_gradient_noise(dbo.tasks.quadratic(n=2, dx=3, dy=4), 2.0)
@@ -54,12 +55,14 @@ def with_gradient_noise(task: Task, sigma: float) -> Task:
 
     def tilted(objective):
         def tilted_objective(x, y, batch):
-            tilt = _dot(batch.y, y) + (_dot(batch.x, x) if batch.x != () else 0.0)
-            return objective(x, y, batch.data) + tilt
+            value = objective(x, y, batch.data) + _dot(batch.y, y)
+            return value + _dot(batch.x, x) if jax.tree.leaves(batch.x) else value
 
         return tilted_objective
 
     def sampler(batch_size):
+        check_batch_size(batch_size)
+
         def draw(key, step):
             keys = jax.random.split(jax.random.fold_in(key, step), 3)
             scale = sigma / batch_size**0.5
@@ -82,7 +85,7 @@ def with_gradient_noise(task: Task, sigma: float) -> Task:
 
 def _dot(a, b):
     return sum(
-        jnp.vdot(u, v) for u, v in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+        jnp.sum(u * v) for u, v in zip(*map(jax.tree.leaves, (a, b)), strict=True)
     )
 
 
@@ -90,7 +93,7 @@ def _normal(key, like, scale):
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
     drawn = [
-        scale * jax.random.normal(k, leaf.shape, leaf.dtype)
+        trees.times(scale, jax.random.normal(k, leaf.shape, leaf.dtype))
         for k, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, drawn)

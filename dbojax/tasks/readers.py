@@ -129,6 +129,9 @@ def fashion_mnist(path: str | Path | None = None) -> tuple[Dataset, Dataset]:
 def libsvm(path: str | Path, d: int | None = None) -> Dataset:
     """Read a LIBSVM text file: a label and ``index:value`` pairs in each line.
 
+    Indices count from one, or from zero in a file that has an index zero. Comments
+    after ``#`` and ``qid`` pairs are skipped.
+
     Args:
         path: the file; ``.gz`` and ``.bz2`` are unpacked.
         d: features; by default the largest index, which may be too few in a file of
@@ -139,12 +142,17 @@ def libsvm(path: str | Path, d: int | None = None) -> Dataset:
         become 0 and 1.
 
     Raises:
-        ValueError: if the file is malformed or empty, or its labels are not integers.
+        ValueError: if the file is malformed or empty, its labels are not integers, or
+            it has more than ``d`` features.
+        FileNotFoundError: if there is no such file.
     """
     load = require("sklearn.datasets", "A LIBSVM file").load_svmlight_file
     try:
-        rows, labels = load(str(path), n_features=d)
-    except (ValueError, OverflowError, EOFError, gzip.BadGzipFile) as error:
+        rows, labels = load(str(path))
+    except (ValueError, OverflowError, EOFError, OSError, zlib.error) as error:
+        # Without a number it is an archive's error, not one of the system.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(
             f"`{path}` is not a LIBSVM file, whose lines read "
             f"`label index:value index:value ...` with increasing indices: {error}"
@@ -158,6 +166,12 @@ def libsvm(path: str | Path, d: int | None = None) -> Dataset:
         )
     if not np.isfinite(rows.data).all():
         raise ValueError(f"`{path}` holds values that are not finite.")
+    if d is not None and d < rows.shape[1]:
+        raise ValueError(
+            f"`{path}` has {rows.shape[1]} features, got d={d}. Write that number or a "
+            "larger one."
+        )
+    rows.resize(len(labels), rows.shape[1] if d is None else d)
     classes, numbers = np.unique(labels, return_inverse=True)
     return Dataset(
         rows.toarray(), numbers.astype(np.int32), len(classes), Path(path).stem

@@ -13,7 +13,8 @@ from dbojax.tasks.data import Numbered, Samples
 from dbojax.tasks.task import Sampler
 
 
-def _check_batch_size(batch_size):
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch without samples."""
     if batch_size < 1:
         raise ValueError(
             f"A minibatch holds at least one sample, got batch_size={batch_size}."
@@ -59,7 +60,7 @@ def minibatches(samples: Samples | Numbered, batch_size: int) -> Sampler:
         >>> jnp.sort(drawn[:, 0]).tolist()
         [0.0, 1.0, 2.0, 3.0, 4.0]
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     n, m = samples.mask.shape
     width = min(batch_size, m)
 
@@ -91,8 +92,9 @@ def indexed(samples: Tree, batch_size: int) -> Sampler:
     whatever it drew before: samples may come again at once.
 
     Args:
-        samples: stacked over the nodes, leaves (n, m, ...): :class:`Samples`, whose
-            masked ones are never drawn, or any tree without padding.
+        samples: stacked over the nodes, leaves (n, m, ...): :class:`Samples`,
+            numbered or not, whose masked ones are never drawn, or any tree without
+            padding.
         batch_size: b, the samples of each node in each batch.
 
     Returns:
@@ -111,8 +113,8 @@ def indexed(samples: Tree, batch_size: int) -> Sampler:
         >>> batch.size.tolist()
         [5, 5]
     """
-    _check_batch_size(batch_size)
-    if isinstance(samples, Samples):
+    check_batch_size(batch_size)
+    if isinstance(samples, Samples | Numbered):
         mask = np.asarray(samples.mask, bool)
     else:
         mask = np.ones(np.shape(jax.tree.leaves(samples)[0])[:2], bool)
@@ -244,7 +246,7 @@ def host_minibatches(samples: Tree, batch_size: int, seed: int) -> Callable:
         >>> np.sort(drawn[:, 0]).tolist()
         [0.0, 1.0, 2.0, 3.0, 4.0]
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
 
     def is_samples(leaf):
         return isinstance(leaf, Samples | Numbered)
