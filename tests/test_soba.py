@@ -362,9 +362,11 @@ def test_bad_input_says_what_to_write():
     tracking = dbo.strategies.gradient_tracking(
         dbo.channels.server(mean), optax.sgd(0.1)
     )
+    diffusion = dbo.strategies.diffusion_atc(dbo.channels.server(mean), optax.sgd(0.1))
     for strategy, match in (
         (exact, r"takes no mask.* `participants`.*channels\.server"),
         (tracking, r"tracking needs all nodes.* `participants`"),
+        (diffusion, r"Diffusion needs all nodes.* `participants`"),
     ):
         phase = A.Phase(x=strategy, y=strategy, z=strategy)
         method = A.compose(task.problem, oracle, phase, participants=2)

@@ -76,8 +76,7 @@ def communicate(
         if channel.averages:
             known = trees.replicate(known, mix.weights.shape[0])
         memory = channel.init(known)
-        typed = jax.dtypes.issubdtype(getattr(seed, "dtype", int), jax.dtypes.prng_key)
-        key = seed if typed else jax.random.key(seed)
+        key = _key(seed)
         traffic = jax.eval_shape(channel.send, key, known, memory)[2]
         return CommunicateState(key, memory, traffic)
 
@@ -98,6 +97,13 @@ def communicate(
         return held, CommunicateState(next_key, memory, state.traffic)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _key(seed) -> jax.Array:
+    is_array = isinstance(seed, jax.Array)
+    if is_array and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        return seed
+    return jax.random.key(seed)
 
 
 def as_rows(
