@@ -173,6 +173,7 @@ def test_a_missing_extra_is_named():
 
 
 LABELS = np.arange(12) % 3
+TINY = data.Dataset(np.ones((12, 2)), LABELS, 3, "tiny")
 MESSAGES = {
     "h": (lambda: data.split_by_label(LABELS, 2, 1.5, rng()), "h=1.5"),
     "alpha": (lambda: data.split_dirichlet(LABELS, 2, 0.0, rng()), "alpha=0.0"),
@@ -180,6 +181,14 @@ MESSAGES = {
     "no nodes": (lambda: data.split_dirichlet(LABELS, 0, 1.0, rng()), "n=0"),
     "fractions": (lambda: data.split(LABELS, (0.5, 0.4), rng()), "add up to 0.9"),
     "one hot": (lambda: data.one_hot(d=3, attributes=4), "attributes=4"),
+    "features of the test": (
+        lambda: data.distribute(TINY, n=2, test=TINY._replace(inputs=np.ones((3, 1)))),
+        "`test` has 1 features and 3 classes, 'tiny' 2 and 3",
+    ),
+    "classes of the test": (
+        lambda: data.distribute(TINY, n=2, test=TINY._replace(num_classes=2)),
+        "`test` has 2 features and 2 classes",
+    ),
     "too many nodes": (
         lambda: data.distribute(data.Dataset(np.ones((12, 1)), LABELS, 3, "tiny"), n=9),
         "9 nodes need at least 9",

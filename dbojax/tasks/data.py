@@ -358,7 +358,8 @@ def distribute(
         Stacked training and validation samples, and one common test set.
 
     Raises:
-        ValueError: if training or validation has fewer samples than there are nodes.
+        ValueError: if training or validation has fewer samples than there are nodes, or
+            ``test`` differs in features or classes.
 
     Examples:
         >>> from functools import partial
@@ -366,6 +367,14 @@ def distribute(
         >>> shards.train.inputs.shape, shards.test.mask.shape
         ((5, 144, 64), (359,))
     """
+    if test is not None:
+        found, wanted = ((s.inputs.shape[1], s.num_classes) for s in (test, dataset))
+        if found != wanted:
+            raise ValueError(
+                f"`test` has {found[0]} features and {found[1]} classes, "
+                f"{dataset.name!r} {wanted[0]} and {wanted[1]}. Read both in the same "
+                "way: LIBSVM files with one `d`, and the same labels in both."
+            )
     rng = np.random.default_rng(seed)
     train, validation, rest = split(dataset.labels, fractions, rng)
     if min(len(train), len(validation)) < n:
