@@ -373,7 +373,7 @@ def distribute(
             raise ValueError(
                 f"`test` has {found[0]} features and {found[1]} classes, "
                 f"{dataset.name!r} {wanted[0]} and {wanted[1]}. Read both in the same "
-                "way: for LIBSVM files, with one `d` and the same labels in both."
+                "way: LIBSVM files with one `d`, and the same labels in both."
             )
     rng = np.random.default_rng(seed)
     train, validation, rest = split(dataset.labels, fractions, rng)
