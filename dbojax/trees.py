@@ -69,8 +69,8 @@ def check_floating(tree: Tree, name: str) -> None:
         )
 
 
-def check_like(tree: Tree, like: Tree, name: str, like_name: str) -> None:
-    """Refuse a tree whose structure, shapes or dtypes differ from those of ``like``."""
+def check_shapes(tree: Tree, like: Tree, name: str, like_name: str) -> None:
+    """Refuse a tree whose structure or shapes differ from those of ``like``."""
     got, wanted = jax.tree.structure(tree), jax.tree.structure(like)
     if got != wanted:
         raise ValueError(
@@ -82,6 +82,11 @@ def check_like(tree: Tree, like: Tree, name: str, like_name: str) -> None:
             f"`{name}` must have the shapes of `{like_name}`, "
             f"{[b for _, b in shapes]}; got {[a for a, _ in shapes]}."
         )
+
+
+def check_like(tree: Tree, like: Tree, name: str, like_name: str) -> None:
+    """Refuse a tree whose structure, shapes or dtypes differ from those of ``like``."""
+    check_shapes(tree, like, name, like_name)
     dtypes = [(str(a.dtype), str(b.dtype)) for a, b in _pairs(tree, like)]
     if any(a != b for a, b in dtypes):
         raise ValueError(

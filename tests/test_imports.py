@@ -13,7 +13,8 @@ PACKAGE = Path(dbojax.__file__).parent
 EXTRAS = {"sklearn", "flax", "matplotlib", "tqdm", "networkx", "orbax"}
 # The command line composes, as users do; so it may import anything.
 EDGES = {"dbojax", "dbojax.cli", "dbojax.__main__"}
-# Algorithms compose parts, and know neither data nor drivers.
+# Algorithms and optimisers compose parts, and know neither data nor drivers.
+COMPOSERS = {"dbojax.algorithms", "dbojax.optim"}
 NOT_PARTS = {"dbojax.tasks", "dbojax.runner", "dbojax.plots", "dbojax.cli"}
 
 
@@ -62,9 +63,9 @@ def may_import(module, other):
         return other == "dbojax.base"
     if folder(module) and (other == folder(module) or folder(other) == folder(module)):
         return True
-    if module.startswith("dbojax.algorithms"):
+    if folder(module) in COMPOSERS:
         part = ".".join(other.split(".")[:2])
-        return part not in NOT_PARTS | {"dbojax"}
+        return part not in NOT_PARTS | COMPOSERS | {"dbojax"}
     return other in {"dbojax.base", "dbojax.trees"}
 
 

@@ -223,9 +223,12 @@ def _first(tree):
 
 
 def wide(tree):
-    """Running memories keep their digits when the values are short floats."""
+    """Running memories keep their digits when the values are short floats.
+
+    Copies, as no two memories may share a buffer: it could not be donated.
+    """
     return jax.tree.map(
-        lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree
+        lambda leaf: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), tree
     )
 
 

@@ -1,4 +1,4 @@
-"""Compressed communication as optax transforms, and the optimisers built on it."""
+"""Channels as links of an optax chain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dbojax import trees
-from dbojax.base import Channel, State, Traffic
+from dbojax.base import Channel, Mix, State, Traffic, Tree
 
 
 class CommunicateState(NamedTuple):
@@ -44,8 +44,9 @@ def communicate(
         ``state.traffic`` holds the bytes of one exchange among all.
 
     Raises:
-        ValueError: from ``init`` and ``update``, if node axes do not fit the channel,
-            or an axis is named and the channel does not give all workers the same.
+        ValueError: if an axis is named and the channel does not give all workers the
+            same; from ``init`` and ``update``, if node axes do not fit the channel,
+            updates do not fit the parameters, or their dtypes change the bytes.
         TypeError: if ``channel`` is not a channel of this package.
 
     Examples:
@@ -61,36 +62,61 @@ def communicate(
     trees.check_type(channel, Channel, "communicate(channel)", example)
     if channel.mix is None:
         raise TypeError("`communicate` needs to know the `mix` of its channel.")
-    rows = channel.mix.weights.shape[0]
+    mix = channel.mix
     if axis_name is not None and not channel.averages:
         raise ValueError(
             f"Along {axis_name!r} only a channel that gives all workers the same can "
             "communicate, e.g. `dbo.channels.server(dbo.mixing.along(axis_name, n))`."
         )
 
-    def stacked(params):
-        return trees.replicate(params, rows) if channel.averages else params
-
     def init(params) -> Any:
-        known = jax.tree.map(jnp.zeros_like, stacked(params))
+        known = jax.tree.map(jnp.zeros_like, params)
+        if channel.averages:
+            known = trees.replicate(known, mix.weights.shape[0])
         memory = channel.init(known)
         key = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
         traffic = jax.eval_shape(channel.send, key, known, memory)[2]
         return CommunicateState(key, memory, traffic)
 
     def update(updates, state, params=None, *, key=None, mask=None, **extra) -> Any:
-        del params, extra
+        del extra
         next_key, drawn = jax.random.split(state.key)
         key = drawn if key is None else key
-        if axis_name is not None:
-            updates = jax.tree.map(lambda leaf: leaf[None], updates)
-        trees.check_nodes(updates, rows, "updates")
-        held, memory, _ = channel.send(key, updates, state.channel, mask)
+        rows = as_rows(updates, params, mix, axis_name, unstack=channel.averages)
+        held, memory, traffic = channel.send(key, rows, state.channel, mask)
+        if mask is None and traffic != state.traffic:
+            raise ValueError(
+                f"With updates of these dtypes an exchange is {traffic}, but `init` "
+                f"counted {state.traffic} for those of the parameters. Cast the "
+                "updates to the dtypes of the parameters."
+            )
         if channel.averages:
-            held = jax.tree.map(lambda leaf: leaf[0], held)
+            held = first(held)
         return held, CommunicateState(next_key, memory, state.traffic)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def as_rows(
+    updates: Tree, params: Tree | None, mix: Mix, axis_name: str | None, unstack: bool
+) -> Tree:
+    """Updates with the rows that ``mix`` sees; refuses what does not fit ``params``.
+
+    ``unstack``: whether parameters have no node axis.
+    """
+    if axis_name is not None:
+        updates = jax.tree.map(lambda leaf: leaf[None], updates)
+    trees.check_nodes(updates, mix.weights.shape[0], "updates")
+    if params is not None:
+        one = trees.one_node(updates) if unstack else updates
+        name = "updates[i]" if unstack else "updates"
+        trees.check_shapes(one, params, name, "params")
+    return updates
+
+
+def first(held: Tree) -> Tree:
+    """One node's share of what all nodes hold alike."""
+    return jax.tree.map(lambda leaf: leaf[0], held)
 
 
 def per_node(
