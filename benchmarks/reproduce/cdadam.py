@@ -37,7 +37,7 @@ def main():
     parser.add_argument("--starts", type=int, default=5, help="of the logistic part")
     parser.add_argument("--full", action="store_true", help="as many samples as a9a")
     parser.add_argument("--libsvm", type=Path, nargs="+", default=[], metavar="PATH")
-    parser.add_argument("--cnn-steps", type=int, default=400)
+    parser.add_argument("--cnn-steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3, help="of the cnn part")
     parser.add_argument("--fashion", type=Path, help="folder with the four IDX files")
     options = parser.parse_args()
