@@ -121,6 +121,6 @@ def short(number):
     if not np.isfinite(number):
         return "never"
     for unit, size in (("M", 1e6), ("k", 1e3)):
-        if number >= size:
+        if number >= 0.9995 * size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"
