@@ -1,0 +1,3 @@
+"""Chosen by `python benchmarks/reproduce/csoba.py --tune`: (upper step, lower step)."""
+
+STEPS = {}
