@@ -252,7 +252,8 @@ def summary(rows):
                 for row in rows
                 if (row["strategy"], row["channel"]) == (strategy, channel)
             ]
-            cells.append(f"{min(found):.0e} to {max(found):.0e}" if found else "")
+            both = f"{min(found):.0e} to {max(found):.0e}" if found else "refused"
+            cells.append(both)
         yield "| " + " | ".join([strategy, *cells]) + " |"
 
 
@@ -291,7 +292,8 @@ def main():
         "Cells: true hypergradient norm at the mean of x / disagreement of x, y and z; "
         "bytes: one node, one link, one step.",
         "",
-        "Range of the norm over compressors and graphs:",
+        "Range of the norm over compressors and graphs; a server's graph is complete, "
+        "and `diana` takes the unbiased compressors alone:",
         "",
         *summary(rows),
         "",

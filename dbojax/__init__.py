@@ -21,6 +21,7 @@ from dbojax.base import Calls as Calls
 from dbojax.base import Channel as Channel
 from dbojax.base import Compressor as Compressor
 from dbojax.base import Hypergradient as Hypergradient
+from dbojax.base import Indexed as Indexed
 from dbojax.base import Metrics as Metrics
 from dbojax.base import Mix as Mix
 from dbojax.base import Oracle as Oracle

@@ -93,14 +93,35 @@ class Batch(NamedTuple):
     lower: Tree
 
 
+class Indexed(NamedTuple):
+    """Samples that tell which of a node's samples they are, for parts that remember.
+
+    Objectives see ``data`` alone.
+    """
+
+    indices: jax.Array  # (b,), distinct positions in the node's data
+    data: Tree  # leaves (b, ...)
+    size: jax.Array  # scalar, how many samples the node has; padding does not count
+
+
+def split_levels(batch: Tree) -> tuple[Tree, Tree]:
+    """The upper and the lower level's part of a batch, as they were drawn."""
+    return tuple(batch) if isinstance(batch, Batch) else (batch, batch)
+
+
 def by_level(batch: Tree) -> tuple[Tree, Tree]:
     """What the upper and the lower objective see of a batch.
 
     Examples:
         >>> by_level(Batch(upper=1, lower=2)), by_level(3)
         ((1, 2), (3, 3))
+        >>> by_level(Batch(upper=Indexed(indices=0, data=1, size=9), lower=2))
+        (1, 2)
     """
-    return tuple(batch) if isinstance(batch, Batch) else (batch, batch)
+    upper, lower = (
+        part.data if isinstance(part, Indexed) else part for part in split_levels(batch)
+    )
+    return upper, lower
 
 
 class Rounds(NamedTuple):

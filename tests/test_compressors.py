@@ -21,6 +21,12 @@ CASES = {
     "qsgd1": C.qsgd(1),
     "qsgd7": C.qsgd(7),
     "qsgd_threefry": C.qsgd(4, uniform=jax.random.uniform),
+    "natural": C.natural(),
+    "natural_threefry": C.natural(uniform=jax.random.uniform),
+    "int8": C.int8(),
+    "int8_blocks": C.int8(5),
+    "int8_whole": C.int8(None, uniform=jax.random.uniform),
+    "low_rank": C.low_rank(2, (5, 5)),
     "sign": C.sign(),
     "float16": C.cast(jnp.float16),
     "bfloat16": C.cast(jnp.bfloat16),
@@ -30,26 +36,52 @@ CASES = {
     "block_then_sign": C.composed(C.block_top_k(0.2), C.sign()),
     "top_k_then_half": C.composed(C.top_k(0.2), C.cast(jnp.bfloat16)),
     "random_k_then_qsgd": C.composed(C.random_k(0.25), C.qsgd(3)),
+    "top_k_then_natural": C.composed(C.top_k(0.2), C.scaled(C.natural())),
+    "random_k_then_steps": C.composed(C.random_k(0.25), C.multi_step(C.qsgd(1), 2)),
+    "multi_step_random_k": C.multi_step(C.random_k(0.25), 3),
+    "multi_step_qsgd": C.multi_step(C.qsgd(1), 2),
+    "multi_step_top_k": C.multi_step(C.top_k(0.2), 3),
+    "multi_step_low_rank": C.multi_step(C.low_rank(1, (5, 5)), 2),
+    "multi_step_composed": C.multi_step(C.composed(C.random_k(0.25), C.natural()), 2),
+    "multi_step_scaled": C.multi_step(C.scaled(C.strided_random_k(5)), 2),
+    "per_leaf_multi_step": C.per_leaf(C.multi_step(C.random_k(0.5), 2)),
     "per_leaf_top_k": C.per_leaf(C.top_k(0.2)),
     "per_leaf_qsgd": C.per_leaf(C.qsgd(3)),
 }
 CONTRACTIONS = {name: c for name, c in CASES.items() if c.delta}
 UNBIASED = {name: c for name, c in CASES.items() if c.omega}
 WITH_ADD = {name: c for name, c in CASES.items() if c.add}
-AS_ONE_VECTOR = {name: c for name, c in CASES.items() if "per_leaf" not in name}
+LEAFWISE = ("per_leaf", "low_rank")
+AS_ONE_VECTOR = {
+    name: c for name, c in CASES.items() if not any(word in name for word in LEAFWISE)
+}
 KINDS = (
     "top_k",
     "block_top_k",
     "random_k",
     "strided_random_k",
     "qsgd7",
+    "natural",
+    "int8_blocks",
+    "multi_step_random_k",
+    "multi_step_top_k",
     "sign",
     "bfloat16",
     "top_k_then_qsgd",
     "per_leaf_qsgd",
 )
 EACH_KIND = {name: CASES[name] for name in KINDS}
-RANDOM = ["random_k", "strided_random_k", "qsgd7", "scaled_qsgd", "random_k_then_qsgd"]
+RANDOM = [
+    "random_k",
+    "strided_random_k",
+    "qsgd7",
+    "natural",
+    "int8",
+    "low_rank",
+    "multi_step_qsgd",
+    "scaled_qsgd",
+    "random_k_then_qsgd",
+]
 D = 23
 
 
@@ -144,7 +176,7 @@ def test_all_entries_are_the_vector(sparsifier, d, key):
 
 
 def test_one_entry_is_exact(key):
-    for c in (C.sign(), C.qsgd(1), C.qsgd(100), C.cast(jnp.float32)):
+    for c in (C.sign(), C.qsgd(1), C.int8(), C.low_rank(1), C.cast(jnp.float32)):
         assert float(roundtrip(c, key, jnp.array([-3.0]))[0]) == -3.0
 
 
@@ -214,7 +246,16 @@ def test_not_a_number_is_seen(c, key):
 
 
 def test_empty_trees_send_nothing(key):
-    for c in (C.top_k(0.1), C.qsgd(3), C.composed(C.top_k(0.1), C.sign())):
+    for c in (
+        C.top_k(0.1),
+        C.qsgd(3),
+        C.natural(),
+        C.int8(),
+        C.int8(None),
+        C.multi_step(C.random_k(0.1), 2),
+        C.multi_step(C.strided_random_k(0.1), 2),
+        C.composed(C.top_k(0.1), C.sign()),
+    ):
         for v in ((), {"a": jnp.zeros((0, 2))}):
             payload, state = c.compress(key, v, c.init(v))
             assert trees.nbytes(payload) == 0
@@ -279,6 +320,32 @@ def refused(message, build):
         refused("`qsgd.*1 to 32767.*got levels=0", lambda: C.qsgd(0)),
         refused("`qsgd.*got levels=32768", lambda: C.qsgd(32768)),
         refused("`qsgd.*got levels=2.5", lambda: C.qsgd(2.5)),
+        *[
+            pytest.param(r"`int8\(block\)` needs .*got block=", lambda b=b: C.int8(b))
+            for b in (0, -1, 2.0, True, "all")
+        ],
+        *[
+            pytest.param(rf"`low_rank\(rank\)` .*rank={r!r}", lambda r=r: C.low_rank(r))
+            for r in (0, 1.0, True)
+        ],
+        *[
+            pytest.param(
+                r"`low_rank\(rank, shape\)` needs .*got shape=",
+                lambda shape=shape: C.low_rank(1, shape),
+            )
+            for shape in (5, (5,), (5, 0), (5, 2.0), (1, 2, 3))
+        ],
+        *[
+            pytest.param(
+                rf"`multi_step\(.* needs an integer rounds >= 1, got rounds={r!r}",
+                lambda r=r: C.multi_step(C.top_k(1), r),
+            )
+            for r in (0, -1, 2.0, True)
+        ],
+        refused(
+            "`multi_step` needs a compressor with a law.*neither",
+            lambda: C.multi_step(C.composed(C.top_k(0.1), C.qsgd(3)), 2),
+        ),
         refused("`cast.*got int8", lambda: C.cast(jnp.int8)),
         refused("`scaled` needs an unbiased", lambda: C.scaled(C.top_k(3))),
         refused("`scaled` needs an unbiased", lambda: C.scaled(C.sign())),
@@ -303,3 +370,11 @@ def test_refusals_when_tracing(key):
         roundtrip(C.sign(), key, jnp.ones(3, complex))
     with pytest.raises(ValueError, match=r"payload has a field `values`, got Packed"):
         roundtrip(C.composed(C.sign(), C.top_k(0.1)), key, jnp.ones(8))
+    # Noise on the values of several rounds would not follow the law of `composed`.
+    steps = C.multi_step(C.random_k(2), 2)
+    with pytest.raises(ValueError, match=r"field `values`, got Repeated"):
+        roundtrip(C.composed(steps, C.qsgd(3)), key, jnp.ones(8))
+    with pytest.raises(ValueError, match=r"`low_rank\(shape=\(2, 3\)\)` .* 6 .*with 8"):
+        roundtrip(C.low_rank(1, (2, 3)), key, jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match=r"real floating-point.*int32"):
+        roundtrip(C.low_rank(1), key, {"a": jnp.ones((9, 9), jnp.int32)})

@@ -39,6 +39,19 @@ BYTES = {
     "qsgd16": (C.qsgd(16), 1600, jnp.float32, 4 * 320 + 4),  # 6 bits, 5 a word
     "qsgd32767": (C.qsgd(32767), 1600, jnp.float32, 4 * 800 + 4),
     "qsgd7_bfloat16": (C.qsgd(7), 1600, jnp.bfloat16, 4 * 200 + 4),
+    "natural": (C.natural(), 1001, jnp.float32, 1001 + 4 * 32),
+    "natural_bfloat16": (C.natural(), 1001, jnp.bfloat16, 1001 + 4 * 32),
+    "natural_float64": (C.natural(), 1001, jnp.float64, 2 * 1001),
+    "int8": (C.int8(), 2049, jnp.float32, 2049 + 4 * 3),
+    "int8_bfloat16": (C.int8(100), 1001, jnp.bfloat16, 1001 + 4 * 11),
+    "int8_float64": (C.int8(None), 1001, jnp.float64, 1001 + 8),
+    "low_rank": (C.low_rank(3, (20, 60)), 1200, jnp.float32, 4 * 3 * (20 + 60)),
+    "low_rank_wide": (C.low_rank(3, (20, 60)), 1200, jnp.bfloat16, 4 * 3 * 80),
+    "low_rank_dense": (C.low_rank(8, (20, 60)), 1200, jnp.bfloat16, 2 * 1200),
+    "low_rank_of_a_vector": (C.low_rank(1), 1200, jnp.float32, 4 * 1200),
+    "multi_step": (C.multi_step(C.top_k(5), 3), 256, jnp.float32, 3 * 5 * (4 + 1)),
+    "multi_step_seeds": (C.multi_step(C.random_k(9), 2), 99, jnp.float32, 2 * 44),
+    "multi_step_once": (C.multi_step(C.sign(), 1), 1001, jnp.float32, 4 * 32 + 4),
     "sign": (C.sign(), 1001, jnp.float32, 4 * 32 + 4),
     "sign_float64": (C.sign(), 1001, jnp.float64, 4 * 32 + 8),
     "cast": (C.cast(jnp.bfloat16), 1001, jnp.float32, 2 * 1001),
@@ -151,6 +164,88 @@ def test_qsgd_against_numpy(levels, d, key):
     np.testing.assert_allclose(c.decompress(payload, jnp.asarray(v)), want, rtol=1e-9)
 
 
+def given(r):
+    """A source of "random" numbers that are known."""
+    return lambda key, shape, dtype: jnp.asarray(r, dtype).reshape(shape)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_natural_against_numpy(dtype, key):
+    rng = np.random.default_rng(3)
+    v = (rng.normal(size=500) * 10.0 ** rng.integers(-30, 30, 500)).astype(dtype)
+    r = (rng.random(500) // 2.0**-20 * 2.0**-20).astype(dtype)
+    half, exponent = np.frexp(np.abs(v))  # |v| = half 2^exponent, 1/2 <= half < 1
+    up = r + (2 * half.astype(float) - 1) >= 1
+    want = np.sign(v) * 2.0 ** (exponent - 1 + up)
+    c = C.natural(given(r))
+    payload, _ = c.compress(key, jnp.asarray(v), ())
+    np.testing.assert_array_equal(c.decompress(payload, jnp.asarray(v)), want)
+
+
+@pytest.mark.parametrize(
+    "dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64], ids=str
+)
+def test_ends_of_the_range(dtype, key):
+    info = jnp.finfo(dtype)
+    wild = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf], dtype)
+    for c in (C.natural(), C.int8()):
+        payload, _ = c.compress(key, wild, ())
+        assert not bool(jnp.isfinite(c.decompress(payload, wild)).any())
+        # Nothing finite overflows; as powers of two these are just one step up.
+        large = jnp.full(99, info.max, dtype).at[1].set(-info.max)
+        payload, _ = c.compress(key, large, ())
+        got = np.asarray(c.decompress(payload, large).astype(jnp.float64))
+        assert np.isfinite(got).all()
+        np.testing.assert_allclose(got / float(info.max), np.sign(got), rtol=0.5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+def test_small_entries_stay_unbiased(dtype, key):
+    """Below the smallest power, also where the input is a denormal number."""
+    c, power = C.natural(), 2 * np.finfo(dtype).tiny
+    for part in (1.25, 4, 8):
+        v = np.full(8000, power / dtype(part), dtype)
+        v[::2] *= -1
+        payload, _ = c.compress(key, jnp.asarray(v), ())
+        got = np.asarray(c.decompress(payload, jnp.asarray(v))) / power
+        assert set(np.abs(got)) == {0.0, 1.0}
+        assert (got * np.sign(v) >= 0).all()
+        p = 1 / part
+        z = (np.abs(got).mean() - p) / (p * (1 - p) / 8000) ** 0.5
+        assert abs(z) < 5
+
+
+@pytest.mark.parametrize("block", [1, 7, 100, None])
+def test_int8_against_numpy(block, key):
+    rng = np.random.default_rng(4)
+    v = rng.normal(size=100)
+    m = block or 100
+    rows = -(-100 // m)
+    r = rng.random(rows * m)
+    want = np.zeros(100)
+    for j in range(100):
+        scale = np.abs(v[j // m * m : (j // m + 1) * m]).max() / 127
+        u = v[j] / scale
+        want[j] = scale * (np.floor(u) + (r[j] < u - np.floor(u) - 1e-12))
+    c = C.int8(block, given(r))
+    payload, _ = c.compress(key, jnp.asarray(v), ())
+    np.testing.assert_allclose(c.decompress(payload, jnp.asarray(v)), want, rtol=1e-9)
+    assert payload.scales.size == rows
+
+
+@pytest.mark.parametrize("m", [2, 100, 20_000])
+def test_law_of_int8_is_sharp(m):
+    """One large entry, the others at the worst fraction of a step: equality."""
+    omega = C.int8(None).omega(m)
+    a = 127**2 / (m - 1)
+    f = 1 / (1 + (1 + 1 / a) ** 0.5)
+    assert omega == pytest.approx(f * (1 - f) / (a + f**2), rel=1e-6)
+    others = np.linspace(0, 127, 100_001)
+    part = others - np.floor(others)
+    assert (part * (1 - part) <= omega * (others**2 + a) * (1 + 1e-9)).all()
+    assert C.int8(m).omega(10 * m) == omega
+
+
 @pytest.mark.parametrize("bits", [1, 3, 8, 11])
 @pytest.mark.parametrize("d", [1, 33, 1000])
 def test_pack_and_unpack(bits, d):
@@ -171,10 +266,17 @@ def test_sign_against_numpy(key):
 def test_payload_types_survive_a_link():
     """No payload leaf of a quantiser is a short float: those may travel as float32."""
     v = jnp.ones(50, jnp.float32)
-    for c in (C.cast(jnp.bfloat16), C.cast(jnp.float16), C.qsgd(3), C.sign()):
+    for c in (
+        C.cast(jnp.bfloat16),
+        C.cast(jnp.float16),
+        C.qsgd(3),
+        C.sign(),
+        C.natural(),
+        C.int8(),
+    ):
         payload = jax.eval_shape(lambda v, c=c: c.compress(jax.random.key(0), v, ()), v)
         dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(payload)}
-        assert dtypes <= {"uint16", "uint32", "float32"}
+        assert dtypes <= {"int8", "uint8", "uint16", "uint32", "float32"}
 
 
 def test_counter_uniform_moments(key):

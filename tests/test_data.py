@@ -119,6 +119,42 @@ def test_a_constant_feature_is_kept_and_finite():
     assert jnp.all(shards.train.inputs[..., 1] == 0)
 
 
+def test_a_given_test_set_takes_the_place_of_the_third_share():
+    dataset = data.Dataset(rng().normal(size=(60, 3)), np.arange(60) % 2, 2, "noise")
+    given = data.Dataset(rng(1).normal(size=(7, 3)), np.arange(7) % 2, 2, "test")
+    alone = data.distribute(dataset, n=3)
+    shards = data.distribute(dataset, n=3, test=given)
+    np.testing.assert_array_equal(shards.train.inputs, alone.train.inputs)
+    np.testing.assert_array_equal(shards.validation.labels, alone.validation.labels)
+    np.testing.assert_array_equal(shards.test.labels, given.labels)
+    width = jnp.ptp(shards.test.inputs, 0) / np.ptp(given.inputs, 0)
+    np.testing.assert_allclose(
+        width, jnp.ptp(alone.test.inputs, 0) / np.ptp(left_out(dataset), 0)
+    )
+
+
+def left_out(dataset):
+    """What the default split of `distribute` leaves for the test."""
+    return dataset.inputs[data.split(dataset.labels, (0.4, 0.4, 0.2), rng())[2]]
+
+
+def test_standardised_features_have_mean_zero_and_variance_one():
+    inputs = np.stack([rng().normal(3, 50, size=40), np.full(40, 0.1)], 1)
+    scaled = data.standardised(data.Dataset(inputs, np.arange(40) % 2, 2, "two"))
+    np.testing.assert_allclose(scaled.inputs.mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(scaled.inputs.std(0), [1, 0], rtol=1e-12)
+
+
+def test_one_hot_has_a_one_in_each_group_and_a_quarter_in_class_one():
+    dataset = data.one_hot(m=200, d=11, attributes=3)
+    for group in np.array_split(np.arange(11), 3):
+        assert set(dataset.inputs[:, group].sum(1)) == {1.0}
+    assert np.bincount(dataset.labels).tolist() == [150, 50]
+    again, other = (data.one_hot(m=200, d=11, attributes=3, seed=s) for s in (0, 1))
+    np.testing.assert_array_equal(again.inputs, dataset.inputs)
+    assert np.any(other.inputs != dataset.inputs)
+
+
 @pytest.mark.parametrize(
     ("load", "shape", "classes"),
     [(data.digits, (1797, 64), 10), (data.breast_cancer, (569, 30), 2)],
@@ -143,6 +179,7 @@ MESSAGES = {
     "nodes": (lambda: data.split_evenly(LABELS, 0, rng()), "n=0"),
     "no nodes": (lambda: data.split_dirichlet(LABELS, 0, 1.0, rng()), "n=0"),
     "fractions": (lambda: data.split(LABELS, (0.5, 0.4), rng()), "add up to 0.9"),
+    "one hot": (lambda: data.one_hot(d=3, attributes=4), "attributes=4"),
     "too many nodes": (
         lambda: data.distribute(data.Dataset(np.ones((12, 1)), LABELS, 3, "tiny"), n=9),
         "9 nodes need at least 9",

@@ -69,6 +69,15 @@ def test_an_epoch_is_every_sample_exactly_once(sizes, batch_size, draw):
 
 
 @pytest.mark.parametrize("draw", DRAW)
+def test_numbers_travel_with_their_samples(draw):
+    samples = numbered((3, 8))
+    samples = data.Numbered(*samples, ids=samples.labels)
+    batch = DRAW[draw](samples, 4)(5)
+    assert isinstance(batch, data.Numbered)
+    np.testing.assert_array_equal(batch.ids, batch.labels)
+
+
+@pytest.mark.parametrize("draw", DRAW)
 def test_labels_travel_with_their_inputs(draw):
     samples = numbered((3, 8))
     batch = DRAW[draw](samples, 4)(5)
@@ -123,6 +132,64 @@ def test_a_batch_mean_is_unbiased_for_every_node():
     assert jnp.all(jnp.abs(means.mean(0) - jnp.array(truth)) < 5 * error)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [(6, 6, 6), (3, 5, 7), (3,)])
+def test_indexed_samples_are_distinct_true_and_where_they_say(sizes, batch_size):
+    samples = numbered(sizes)
+    sampler = jax.jit(samplers.indexed(samples, batch_size))
+    for step in range(20):
+        index, data, size = sampler(jax.random.key(1), step)
+        assert index.shape == (len(sizes), batch_size)
+        assert index.dtype == jnp.int32
+        assert size.tolist() == list(sizes)
+        assert data.mask.all()
+        for node in range(len(sizes)):
+            assert len(set(index[node].tolist())) == batch_size
+            there = jax.tree.map(lambda a: a[node, index[node]], samples)  # noqa: B023
+            here = jax.tree.map(lambda a: a[node], data)  # noqa: B023
+            chex.assert_trees_all_equal(there, here)
+
+
+def test_indexed_draws_are_uniform_and_independent():
+    sampler = samplers.indexed(numbered((4, 3)), 2)
+    draws = 6000
+    index = jax.vmap(sampler, (None, 0))(jax.random.key(3), jnp.arange(draws)).indices
+    index = np.asarray(index)
+    for node, size in enumerate((4, 3)):
+        # Every position alike, and every neighbour in time alike.
+        held = index[:, node] - (4 - size)
+        chance = 2 / size
+        error = 5 * np.sqrt(chance * (1 - chance) / draws)
+        share = np.bincount(held.ravel(), minlength=size) / draws
+        assert np.abs(share - chance).max() < error
+        first = held[:-1, 0], held[1:, 0]
+        joint = np.histogram2d(*first, bins=size)[0] / (draws - 1)
+        assert np.abs(joint - 1 / size**2).max() < 5 / (size * np.sqrt(draws))
+
+
+def test_indexed_draws_differ_between_nodes_and_are_functions_of_key_and_step():
+    sampler, step = samplers.indexed(numbered((30, 30)), 10), jnp.array(7)
+    here = sampler(jax.random.key(0), step)
+    chex.assert_trees_all_equal(here, jax.jit(sampler)(jax.random.key(0), 7))
+    assert set(here.indices[0].tolist()) != set(here.indices[1].tolist())
+    for other in (sampler(jax.random.key(1), step), sampler(jax.random.key(0), 8)):
+        assert not jnp.array_equal(here.indices, other.indices)
+
+
+def test_a_node_draws_the_same_whoever_else_there_is():
+    few, many = numbered((5, 8)), numbered((5, 8, 7))
+    few, many = (samplers.indexed(s, 3)(jax.random.key(0), 2) for s in (few, many))
+    np.testing.assert_array_equal(few.indices, many.indices[:2])
+
+
+def test_indexed_takes_any_tree():
+    tree = {"a": jnp.arange(12.0).reshape(2, 6), "b": np.zeros((2, 6, 3))}
+    index, data, size = samplers.indexed(tree, 4)(jax.random.key(0), 0)
+    np.testing.assert_array_equal(data["a"], index + np.array([[0], [6]]))
+    assert data["b"].shape == (2, 4, 3)
+    assert size.tolist() == [6, 6]
+
+
 def test_the_levels_are_drawn_independently():
     one = samplers.minibatches(numbered((20, 20)), 5)
     sampler = samplers.paired(one, one)
@@ -169,6 +236,15 @@ def test_the_full_batch_is_all_there_is():
 MESSAGES = {
     "in graph": (lambda: samplers.minibatches(numbered((2,)), 0), "batch_size=0"),
     "on host": (lambda: samplers.host_minibatches(numbered((2,)), -1, 0), "size=-1"),
+    "indexed": (lambda: samplers.indexed(numbered((2,)), 0), "batch_size=0"),
+    "few": (
+        lambda: samplers.indexed(numbered((5, 2)), 3),
+        "batch_size=3 distinct .* has 2 only. Write batch_size=2",
+    ),
+    "none": (
+        lambda: samplers.indexed(numbered((5, 0)), 1),
+        "has 0 only. Leave out empty nodes",
+    ),
     "rounds": (lambda: samplers.fresh_rounds(samplers.full_batch(0), 0), "rounds=0"),
 }
 

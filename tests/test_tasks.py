@@ -288,6 +288,133 @@ def test_starts_have_the_precision_of_jax(shards):
         assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float64")}
 
 
+# --- hyper-cleaning ------------------------------------------------------------------
+
+
+def labelled(node_samples):
+    """The true samples of one node: (inputs, labels, ids)."""
+    held = np.asarray(node_samples.mask)
+    return (np.asarray(leaf)[held] for leaf in node_samples[:2] + node_samples[3:])
+
+
+def test_hyper_cleaning_is_the_written_objective(shards, key):
+    task = dbo.tasks.hyper_cleaning(shards, corruption=0.4, ridge=0.3)
+    x_key, y_key = jax.random.split(key)
+    x = jax.random.normal(x_key, task.x0.shape)
+    y = jax.random.normal(y_key, task.y0.shape)
+    for i in range(4):
+        inputs, labels, ids = labelled(at(task.batch.lower, i))
+        weighed = 0.0
+        for row, label, sample in zip(inputs, labels, ids, strict=True):
+            logits = row @ np.asarray(y)
+            loss = np.log(np.exp(logits).sum()) - logits[label]
+            weighed += loss / (1 + np.exp(-x[sample]))
+        wanted = weighed / max(1, len(ids)) + 0.3 * float((y**2).sum())
+        found = task.problem.lower(x, y, at(task.batch.lower, i))
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+def test_every_training_sample_has_one_weight_and_keeps_it_in_minibatches(shards):
+    task = dbo.tasks.hyper_cleaning(shards)
+    whole = task.batch.lower
+    ids = np.asarray(whole.ids)[np.asarray(whole.mask)]
+    assert ids.tolist() == list(range(task.x0.size))
+    sampler = task.sampler(4)
+    for step in range(5):
+        batch = sampler(jax.random.key(1), step).lower
+        for i in range(task.n):
+            for row, label, sample in zip(*labelled(at(batch, i)), strict=True):
+                j = np.flatnonzero((whole.ids[i] == sample) & whole.mask[i])
+                assert len(j) == 1
+                np.testing.assert_array_equal(row, whole.inputs[i, j[0]])
+                assert label == whole.labels[i, j[0]]
+
+
+def test_a_node_moves_the_weights_of_its_own_samples_alone(shards):
+    task = dbo.tasks.hyper_cleaning(shards)
+    y = task.y0 + 0.1
+    batch = task.sampler(4)(jax.random.key(1), 2).lower
+    for i in range(task.n):
+        one = at(batch, i)
+        slope = jax.grad(task.problem.lower)(task.x0, y, one)
+        _, _, ids = labelled(one)
+        assert np.flatnonzero(slope).tolist() == sorted(ids.tolist())
+
+
+def test_padding_does_not_weigh_sample_zero(shards):
+    task = dbo.tasks.hyper_cleaning(shards)
+    i = int(jnp.argmin(shards.train.mask.sum(1)))
+    one = at(task.batch.lower, i)
+    assert not one.mask.all(), "the case needs padding"
+    bare = jax.tree.map(lambda leaf: leaf[one.mask], one)
+    garbage = one._replace(inputs=jnp.where(one.mask[:, None], one.inputs, 1e3))
+    value = jax.value_and_grad(task.problem.lower, (0, 1))
+    wanted = value(task.x0, task.y0 + 0.3, bare)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14),
+        value(task.x0, task.y0 + 0.3, garbage),
+        wanted,
+    )
+
+
+def test_labels_are_replaced_as_often_as_promised():
+    clean = data.distribute(data.digits(), n=10)
+    held = np.asarray(clean.train.mask)
+    for corruption in (0.0, 0.5, 1.0):
+        task = dbo.tasks.hyper_cleaning(clean, corruption)
+        changed = np.asarray(task.batch.lower.labels != clean.train.labels)
+        assert not changed[~held].any()
+        # A uniform label is the true one once in ten times.
+        rate, m = 0.9 * corruption, held.sum()
+        spread = np.sqrt(rate * (1 - rate) / m)
+        assert abs(changed[held].mean() - rate) <= 5 * spread
+    assert jax.tree.all(
+        jax.tree.map(jnp.array_equal, task.batch.upper, clean.validation)
+    )
+    again, other = (dbo.tasks.hyper_cleaning(clean, 1.0, seed=s) for s in (0, 1))
+    np.testing.assert_array_equal(again.batch.lower.labels, task.batch.lower.labels)
+    assert jnp.any(other.batch.lower.labels != task.batch.lower.labels)
+
+
+def test_separation_counts_pairs(key):
+    values = jnp.round(3 * jax.random.normal(key, (40,)))
+    low, high = values[:13], values[13:]
+    pairs = [(a < b) + 0.5 * (a == b) for a in low for b in high]
+    found = classification.separation(low, high)
+    np.testing.assert_allclose(found, np.mean(pairs), rtol=1e-12)
+    assert classification.separation(low[:0], high) == 0.5
+
+
+def test_the_first_hypergradient_tells_wrong_labels_from_true_ones():
+    rng, labels = np.random.default_rng(3), np.arange(600) % 3
+    inputs = rng.normal(size=(600, 4)) + 4 * np.eye(3, 4)[labels]
+    shards = data.distribute(data.Dataset(inputs, labels, 3, "clusters"), n=4)
+    task = dbo.tasks.hyper_cleaning(shards, corruption=0.5, ridge=0.01)
+
+    def lower(x, y):
+        return mean_of(task.problem.lower, x, y.reshape(4, 3), task.batch.lower)
+
+    def upper(x, y):
+        return mean_of(task.problem.upper, x, y.reshape(4, 3), task.batch.upper)
+
+    y = jnp.zeros(12)
+    slope, curvature = jax.jit(jax.grad(lower, 1)), jax.jit(jax.hessian(lower, 1))
+    for _ in range(10):
+        y = y - jnp.linalg.solve(curvature(task.x0, y), slope(task.x0, y))
+    assert jnp.linalg.norm(slope(task.x0, y)) < 1e-10
+    z = jnp.linalg.solve(curvature(task.x0, y), jax.grad(upper, 1)(task.x0, y))
+    hypergrad = -jax.grad(lambda x: slope(x, y) @ z)(task.x0)
+    states = [
+        SimpleNamespace(
+            x=dbo.replicate(x, task.n), y=dbo.replicate(y.reshape(4, 3), task.n)
+        )
+        for x in (task.x0, -1e3 * hypergrad)
+    ]
+    before, after = (task.evaluate(state)["recovery"] for state in states)
+    np.testing.assert_allclose(before, 0.5, rtol=1e-12)
+    assert after > 0.9
+
+
 # --- names and messages --------------------------------------------------------------
 
 
@@ -314,6 +441,20 @@ MESSAGES = {
     "representation ridge": (
         lambda shards: dbo.tasks.hyper_representation(shards, ridge=-1.0),
         "ridge=-1.0",
+    ),
+    "corruption": (
+        lambda shards: dbo.tasks.hyper_cleaning(shards, corruption=1.5),
+        "corruption=1.5",
+    ),
+    "cleaning ridge": (
+        lambda shards: dbo.tasks.hyper_cleaning(shards, ridge=0.0),
+        "ridge=0.0",
+    ),
+    "no numbers": (
+        lambda shards: dbo.tasks.hyper_cleaning(shards).problem.lower(
+            jnp.zeros(36), jnp.zeros((4, 3)), at(shards.train, 0)
+        ),
+        "`Numbered`, got `Samples`",
     ),
     "statistics": (
         lambda shards: dbo.tasks.hyper_representation(

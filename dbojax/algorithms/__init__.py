@@ -10,4 +10,5 @@ from dbojax.algorithms.soba import c_soba as c_soba
 from dbojax.algorithms.soba import cm_soba as cm_soba
 from dbojax.algorithms.soba import ef_soba as ef_soba
 from dbojax.algorithms.soba import ma_soba as ma_soba
+from dbojax.algorithms.soba import saba as saba
 from dbojax.algorithms.soba import soba as soba

@@ -4,7 +4,7 @@ Our formulation of He, Hu, Huang, Lu, Wang and Yuan (2024), arXiv:2405.18858. Ev
 method is one phase in which x, y and z move at once along SOBA's directions; they
 differ in what travels up to the server and in what both ends remember.
 """
-# ruff: noqa: D417 - what means the same in all five is described once, in `soba`.
+# ruff: noqa: D417 - what means the same in all six is described once, in `soba`.
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import optax
 from dbojax.algorithms.compose import Phase, Step, compose, local_step
 from dbojax.base import Algorithm, Channel, Compressor, Mix, Oracle, Problem
 from dbojax.channels import diana, server
+from dbojax.oracles import saba as saba_oracle
 from dbojax.oracles import soba as soba_oracle
 from dbojax.strategies import allreduce, ball, moving_average, projected
 from dbojax.trees import check_type
@@ -48,8 +49,7 @@ def soba(
         linear_step: eta, likewise; by default as ``lower_step``.
         clip: z is scaled back to at most this length; any value above
             :math:`\|z^*\|` does no harm.
-        oracle: directions, ``dbo.oracles.soba(problem)`` by default; with
-            ``dbo.oracles.saba`` the method is SABA.
+        oracle: directions, ``dbo.oracles.soba(problem)`` by default.
         participants: workers that take part in a step, drawn anew each time.
 
     Returns:
@@ -67,6 +67,48 @@ def soba(
     steps = _steps(upper_step, lower_step, linear_step)
     moves = [allreduce(channel, step) for step in steps]
     return _single_loop(problem, moves, clip, oracle, participants)
+
+
+def saba(
+    problem: Problem,
+    *,
+    mix: Mix,
+    num_upper: int,
+    num_lower: int,
+    upper_step: Step,
+    lower_step: Step,
+    linear_step: Step | None = None,
+    clip: float = math.inf,
+    participants: int | None = None,
+) -> Algorithm:
+    r"""SOBA with directions whose variance vanishes: constant steps converge linearly.
+
+    Args:
+        problem, mix, upper_step, lower_step, linear_step, clip, participants: as for
+            :func:`soba`.
+        num_upper: samples of f at a worker, padding included.
+        num_lower: samples of g.
+
+    Returns:
+        An algorithm for batches of ``dbo.Indexed`` samples, as
+        ``dbo.tasks.samplers.indexed`` draws them; it sends what :func:`soba` sends.
+
+    Raises:
+        ValueError, TypeError: as :func:`soba` and :func:`dbo.oracles.saba`.
+
+    References:
+        Dagréou, Ablin, Vaiter and Moreau (2022), arXiv:2201.13409, SABA.
+    """
+    return soba(
+        problem,
+        mix=mix,
+        upper_step=upper_step,
+        lower_step=lower_step,
+        linear_step=linear_step,
+        clip=clip,
+        oracle=saba_oracle(problem, num_upper, num_lower),
+        participants=participants,
+    )
 
 
 def ma_soba(

@@ -23,11 +23,12 @@ class History(dict[str, np.ndarray]):
     ``step`` counts from 1. The columns of ``Metrics`` come next, then the cumulative
     counts, exact int64: ``message_bytes`` (what one node has handed to one link),
     ``down_bytes`` (what a server has handed to one worker), ``total_bytes`` (over all
-    directed links), ``rounds``, and ``gradients`` and ``products`` of one node. ``seconds`` is the time in the compiled program,
-    cumulative, read at the end of a chunk with the device blocked and spread evenly
-    over the chunk's steps; compiling, ``evaluate``, reading batches on the host and
-    writing checkpoints are not in it. The columns of ``evaluate`` are NaN in rows at
-    which it did not run; ``evaluated`` says at which it did.
+    directed links), ``rounds``, and ``gradients`` and ``products`` of one node.
+    ``seconds`` is the time in the compiled program, cumulative, read at the end of a
+    chunk with the device blocked and spread evenly over the chunk's steps; compiling,
+    ``evaluate``, reading batches on the host and writing checkpoints are not in it. The
+    columns of ``evaluate`` are NaN in rows at which it did not run; ``evaluated`` says
+    at which it did.
 
     Args:
         columns: the arrays, by name.

@@ -1,18 +1,22 @@
-"""Bilevel problems with data, from closed-form quadratics to representations."""
+"""Problems with data, from closed-form quadratics to representations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from dbojax.tasks import data as data
+from dbojax.tasks import readers as readers
 from dbojax.tasks import samplers as samplers
 from dbojax.tasks.classification import coefficient_tuning as coefficient_tuning
+from dbojax.tasks.classification import hyper_cleaning as hyper_cleaning
 from dbojax.tasks.classification import hyper_representation as hyper_representation
 from dbojax.tasks.classification import mlp as mlp
 from dbojax.tasks.noise import with_gradient_noise as with_gradient_noise
 from dbojax.tasks.quadratics import quadratic as quadratic
 from dbojax.tasks.quadratics import with_equal_curvature as with_equal_curvature
 from dbojax.tasks.quadratics import worker_quadratic as worker_quadratic
+from dbojax.tasks.single_level import SingleLevel as SingleLevel
+from dbojax.tasks.single_level import logistic_regression as logistic_regression
 from dbojax.tasks.task import ClosedForm as ClosedForm
 from dbojax.tasks.task import Task as Task
 
@@ -20,6 +24,7 @@ NAMES: dict[str, Callable[..., Task]] = {
     "quadratic": quadratic,
     "worker_quadratic": worker_quadratic,
     "coefficient_tuning": coefficient_tuning,
+    "hyper_cleaning": hyper_cleaning,
     "hyper_representation": hyper_representation,
 }
 

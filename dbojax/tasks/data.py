@@ -33,6 +33,15 @@ class Samples(NamedTuple):
     mask: jax.Array | np.ndarray  # (m,), True for a true sample
 
 
+class Numbered(NamedTuple):
+    """Samples that know their numbers, for variables with an entry per sample."""
+
+    inputs: jax.Array | np.ndarray  # as in `Samples`
+    labels: jax.Array | np.ndarray
+    mask: jax.Array | np.ndarray
+    ids: jax.Array | np.ndarray  # (m,), int32, counted over all nodes; zero if padded
+
+
 class Shards(NamedTuple):
     """A data set dealt out to the nodes."""
 
@@ -70,6 +79,67 @@ def digits() -> Dataset:
 def breast_cancer() -> Dataset:
     """569 tumours in 30 measurements, which ship with scikit-learn."""
     return _from_sklearn("breast_cancer")
+
+
+def standardised(dataset: Dataset) -> Dataset:
+    """Shift and scale each feature to mean zero and variance one over all samples.
+
+    A constant feature becomes zero. There is no test set to keep apart: this is for
+    plain minimisation, and :func:`distribute` scales by its training samples itself.
+
+    Examples:
+        >>> inputs = np.array([[1.0, 5.0], [3.0, 5.0]])
+        >>> standardised(Dataset(inputs, np.array([0, 1]), 2, "two")).inputs.tolist()
+        [[-1.0, 0.0], [1.0, 0.0]]
+    """
+    mean = dataset.inputs.mean(0, keepdims=True)
+    spread = dataset.inputs.std(0, keepdims=True)
+    # A constant feature may have a spread of rounding errors.
+    varies = np.ptp(dataset.inputs, axis=0, keepdims=True) > 0
+    scaled = np.where(varies, dataset.inputs - mean, 0) / np.where(varies, spread, 1)
+    return dataset._replace(inputs=scaled)
+
+
+def one_hot(
+    m: int = 4000, d: int = 123, attributes: int = 14, seed: int = 0
+) -> Dataset:
+    """Draw people with categorical attributes, encoded in zeros and ones.
+
+    The d features fall into groups, one per attribute, and a sample has a single one
+    in each; the first categories of an attribute are the common ones. A planted
+    logistic model with noise gives the two classes, about a quarter in class 1.
+
+    Args:
+        m: samples; the census data "a9a", which this resembles, have 32561.
+        d: features in all.
+        attributes: ones in each sample.
+        seed: of NumPy's default generator.
+
+    Returns:
+        A data set of two classes.
+
+    Raises:
+        ValueError: unless ``1 <= attributes <= d`` and ``m`` is at least four.
+
+    Examples:
+        >>> dataset = one_hot(m=100)
+        >>> dataset.inputs.shape, set(dataset.inputs.sum(1).tolist())
+        ((100, 123), {14.0})
+    """
+    if not 1 <= attributes <= d or m < 4:
+        raise ValueError(
+            f"`one_hot` draws at least four samples with 1 <= attributes <= d, got "
+            f"m={m}, d={d}, attributes={attributes}."
+        )
+    rng = np.random.default_rng(seed)
+    inputs = np.zeros((m, d))
+    for group in np.array_split(np.arange(d), attributes):
+        odds = 1 / np.arange(1, len(group) + 1)
+        inputs[np.arange(m), rng.choice(group, size=m, p=odds / odds.sum())] = 1
+    score = inputs @ rng.normal(size=d) + rng.logistic(size=m)
+    labels = np.zeros(m, np.int32)
+    labels[np.argsort(-score)[: m // 4]] = 1
+    return Dataset(inputs, labels, 2, "one_hot")
 
 
 def split(
@@ -268,6 +338,7 @@ def distribute(
     deal: Deal = split_evenly,
     fractions: Sequence[float] = (0.4, 0.4, 0.2),
     seed: int = 0,
+    test: Dataset | None = None,
 ) -> Shards:
     """Split into train, validation and test, scale, and deal out to the nodes.
 
@@ -281,6 +352,7 @@ def distribute(
             ``functools.partial(split_by_label, h=0.8)``.
         fractions: shares of train, validation and test.
         seed: of NumPy's default generator.
+        test: a test set that comes with the data; the third share is then left out.
 
     Returns:
         Stacked training and validation samples, and one common test set.
@@ -295,7 +367,7 @@ def distribute(
         ((5, 144, 64), (359,))
     """
     rng = np.random.default_rng(seed)
-    train, validation, test = split(dataset.labels, fractions, rng)
+    train, validation, rest = split(dataset.labels, fractions, rng)
     if min(len(train), len(validation)) < n:
         raise ValueError(
             f"{n} nodes need at least {n} samples each for training and validation; "
@@ -304,13 +376,14 @@ def distribute(
         )
     scale = _unit_scale(dataset.inputs[train])
 
-    def shares(part, parts):
+    def dealt(part):
+        parts = deal(dataset.labels[part], n, rng=rng)
         return stack(scale(dataset.inputs[part]), dataset.labels[part], parts)
 
-    def dealt(part):
-        return shares(part, deal(dataset.labels[part], n, rng=rng))
-
-    common = jax.tree.map(lambda a: a[0], shares(test, [np.arange(len(test))]))
+    left = (dataset.inputs[rest], dataset.labels[rest])
+    inputs, labels = left if test is None else (test.inputs, test.labels)
+    common = stack(scale(inputs), labels, [np.arange(len(labels))])
+    common = jax.tree.map(lambda leaf: leaf[0], common)
     return Shards(
         dealt(train), dealt(validation), common, dataset.num_classes, dataset.name
     )

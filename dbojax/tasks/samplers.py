@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dbojax.base import Batch, Rounds, Tree
-from dbojax.tasks.data import Samples
+from dbojax.base import Batch, Indexed, Rounds, Tree
+from dbojax.tasks.data import Numbered, Samples
 from dbojax.tasks.task import Sampler
 
 
@@ -24,7 +24,12 @@ def _take(leaf, chosen):
     return jax.vmap(lambda rows, indices: rows[indices])(leaf, chosen)
 
 
-def minibatches(samples: Samples, batch_size: int) -> Sampler:
+def _shuffle(key, mask):
+    """True samples first and in random order; masked ones come last."""
+    return jnp.argsort(jnp.where(mask, jax.random.uniform(key, mask.shape), 2.0))
+
+
+def minibatches(samples: Samples | Numbered, batch_size: int) -> Sampler:
     r"""Draw without replacement: each node passes through its data epoch by epoch.
 
     Node i with :math:`m_i` samples has :math:`B_i = \lceil m_i / b \rceil` batches in
@@ -63,8 +68,7 @@ def minibatches(samples: Samples, batch_size: int) -> Sampler:
         batches = jnp.maximum(1, -(-size // width))
         epoch, turn = step // batches, step % batches
         key = jax.random.fold_in(jax.random.fold_in(key, epoch), node)
-        # True samples first and in random order; masked ones come last.
-        order = jnp.argsort(jnp.where(mask, jax.random.uniform(key, (m,)), 2.0))
+        order = _shuffle(key, mask)
         positions = turn + batches * jnp.arange(width)
         # Out of range, an index would be clamped in silence: mask it.
         return order[jnp.minimum(positions, m - 1)], positions < size
@@ -74,9 +78,63 @@ def minibatches(samples: Samples, batch_size: int) -> Sampler:
         chosen, valid = jax.vmap(choose, (None, None, 0, 0))(
             key, step, nodes, samples.mask
         )
-        return Samples(
-            _take(samples.inputs, chosen), _take(samples.labels, chosen), valid
+        drawn = jax.tree.map(lambda leaf: _take(leaf, chosen), samples)
+        return drawn._replace(mask=valid)
+
+    return sampler
+
+
+def indexed(samples: Tree, batch_size: int) -> Sampler:
+    """Draw samples that tell their positions, for oracles that remember each sample.
+
+    Every step, each node draws b distinct samples of its own, all sets of b alike and
+    whatever it drew before: samples may come again at once.
+
+    Args:
+        samples: stacked over the nodes, leaves (n, m, ...): :class:`Samples`, whose
+            masked ones are never drawn, or any tree without padding.
+        batch_size: b, the samples of each node in each batch.
+
+    Returns:
+        ``sampler(key, step)`` gives a stacked ``dbo.Indexed``; positions count from the
+        start of the sample axis, padding included. A call sorts each node's samples
+        once.
+
+    Raises:
+        ValueError: if ``batch_size`` is not positive or more than some node has.
+
+    Examples:
+        >>> sampler = indexed(jnp.arange(10.0).reshape(2, 5), 3)
+        >>> batch = sampler(jax.random.key(0), 0)
+        >>> bool((batch.data == batch.indices + jnp.array([[0], [5]])).all())
+        True
+        >>> batch.size.tolist()
+        [5, 5]
+    """
+    _check_batch_size(batch_size)
+    if isinstance(samples, Samples):
+        mask = np.asarray(samples.mask, bool)
+    else:
+        mask = np.ones(np.shape(jax.tree.leaves(samples)[0])[:2], bool)
+    sizes = mask.sum(1)
+    fewest = sizes.min()
+    if batch_size > fewest:
+        instead = f"Write batch_size={fewest}" if fewest else "Leave out empty nodes"
+        raise ValueError(
+            f"`indexed` draws batch_size={batch_size} distinct samples of every node, "
+            f"but a node has {fewest} only. {instead}."
         )
+    mask, sizes = jnp.asarray(mask), jnp.asarray(sizes, jnp.int32)
+
+    def choose(key, node, mask):
+        order = _shuffle(jax.random.fold_in(key, node), mask)
+        return order[:batch_size].astype(jnp.int32)
+
+    def sampler(key, step):
+        key = jax.random.fold_in(key, step)
+        indices = jax.vmap(choose, (None, 0, 0))(key, jnp.arange(len(sizes)), mask)
+        data = jax.tree.map(lambda leaf: _take(leaf, indices), samples)
+        return Indexed(indices, data, sizes)
 
     return sampler
 
@@ -166,8 +224,8 @@ def host_minibatches(samples: Tree, batch_size: int, seed: int) -> Callable:
     The same rule as :func:`minibatches`, in NumPy and with another order.
 
     Args:
-        samples: stacked :class:`Samples`, or a tree of them such as a ``Batch``, whose
-            members are drawn independently.
+        samples: stacked :class:`Samples` (numbered or not), or a tree of them such as
+            a ``Batch``, whose members are drawn independently.
         batch_size: the most samples of one node in one batch.
         seed: fixes the order.
 
@@ -189,10 +247,10 @@ def host_minibatches(samples: Tree, batch_size: int, seed: int) -> Callable:
     _check_batch_size(batch_size)
 
     def is_samples(leaf):
-        return isinstance(leaf, Samples)
+        return isinstance(leaf, Samples | Numbered)
 
     leaves, structure = jax.tree.flatten(samples, is_leaf=is_samples)
-    leaves = [Samples(*map(np.asarray, leaf)) for leaf in leaves]
+    leaves = [jax.tree.map(np.asarray, leaf) for leaf in leaves]
 
     def draw(stream, leaf, step):
         width = min(batch_size, leaf.mask.shape[1])
@@ -202,7 +260,8 @@ def host_minibatches(samples: Tree, batch_size: int, seed: int) -> Callable:
         ]
         chosen, valid = (np.stack(part) for part in zip(*picks, strict=True))
         nodes = np.arange(len(chosen))[:, None]
-        return Samples(leaf.inputs[nodes, chosen], leaf.labels[nodes, chosen], valid)
+        drawn = jax.tree.map(lambda rows: rows[nodes, chosen], leaf)
+        return drawn._replace(mask=valid)
 
     def batch_at(step):
         drawn = [draw(stream, leaf, step) for stream, leaf in enumerate(leaves)]

@@ -1,12 +1,59 @@
-"""Local directions of the upper, lower and auxiliary variables at one node."""
+"""Directions that follow from the batch at hand alone."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dbojax import trees
-from dbojax.base import Calls, Oracle, Problem, by_level
+from dbojax.base import Calls, Oracle, Problem, Tree, by_level
+
+# What the directions of soba cost; no two of them share a term.
+SOBA_CALLS = (
+    Calls(gradients=1, products=1),
+    Calls(gradients=1),
+    Calls(gradients=1, products=1),
+)
+
+
+class UpperTerms(NamedTuple):
+    """What the directions need of ``f``."""
+
+    x: Tree  # grad_x f, like x
+    y: Tree  # grad_y f, like y
+
+
+class LowerTerms(NamedTuple):
+    """What the directions need of ``g``."""
+
+    gradient: Tree  # grad_y g, like y
+    hessian: Tree  # hess_yy g z, like y
+    cross: Tree  # hess_xy g z, like x
+
+
+def upper_terms(problem: Problem, x: Tree, y: Tree, batch: Tree) -> UpperTerms:
+    """Both gradients of ``f`` on a batch of the upper level."""
+    return UpperTerms(*jax.grad(problem.upper, (0, 1))(x, y, batch))
+
+
+def lower_terms(problem: Problem, x: Tree, y: Tree, z: Tree, batch: Tree) -> LowerTerms:
+    """Gradient of ``g`` and both products with ``z`` on a batch of the lower level."""
+
+    def gradient(x, y):
+        return jax.grad(problem.lower, 1)(x, y, batch)
+
+    d_y, pullback = jax.vjp(gradient, x, y)
+    cross, hessian = pullback(z)
+    return LowerTerms(d_y, hessian, cross)
+
+
+def assemble(upper: UpperTerms, lower: LowerTerms) -> tuple[Tree, Tree, Tree]:
+    """The directions of soba, ``(d_x, d_y, d_z)``, which are linear in the terms."""
+    d_x = jax.tree.map(jnp.subtract, upper.x, lower.cross)
+    d_z = jax.tree.map(jnp.subtract, lower.hessian, upper.y)
+    return d_x, lower.gradient, d_z
 
 
 def soba(problem: Problem) -> Oracle:
@@ -44,20 +91,12 @@ def soba(problem: Problem) -> Oracle:
 
     def directions(key, x, y, z, memory, batch):
         del key
-        upper_batch, batch = by_level(batch)
-        upper_x, upper_y = jax.grad(problem.upper, (0, 1))(x, y, upper_batch)
+        upper_batch, lower_batch = by_level(batch)
+        upper = upper_terms(problem, x, y, upper_batch)
+        lower = lower_terms(problem, x, y, z, lower_batch)
+        return assemble(upper, lower), memory
 
-        def lower_gradient(x, y):
-            return jax.grad(problem.lower, 1)(x, y, batch)
-
-        d_y, pullback = jax.vjp(lower_gradient, x, y)
-        cross, hessian = pullback(z)
-        d_x = jax.tree.map(jnp.subtract, upper_x, cross)
-        d_z = jax.tree.map(jnp.subtract, hessian, upper_y)
-        return (d_x, d_y, d_z), memory
-
-    one_each = Calls(gradients=1, products=1)
-    return Oracle(init, directions, (one_each, Calls(gradients=1), one_each))
+    return Oracle(init, directions, SOBA_CALLS)
 
 
 def penalty(problem: Problem, weight: float) -> Oracle:
