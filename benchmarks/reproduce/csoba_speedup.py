@@ -20,10 +20,10 @@ from csoba_common import (
 import dbojax as dbo
 
 WORKERS = (1, 2, 4, 8, 16, 32)
-SIGMA, TARGET, KEPT, SEEDS, RATIO = 1.0, 0.1, 2, 32, 4.0
+SIGMA, TARGET, KEPT, SEEDS, RATIO = 1.0, 0.12, 2, 16, 4.0
 # One grid of upper steps for all; the lower step is RATIO times as long.
-GRID = 0.32 * 2.0 ** -np.arange(0, 13.5, 0.5)
-SINGLE = {"SOBA": 12_000, "C-SOBA": 100_000}  # most steps of a single worker
+GRID = 0.32 * 2.0 ** -np.arange(12)
+SINGLE = {"SOBA": 8_000, "C-SOBA": 50_000}  # most steps of a single worker
 FEWEST = 600
 
 
@@ -118,7 +118,7 @@ def report(options):
         f"until the true hypergradient norm, root mean square over {SEEDS} seeds and "
         f"mean of the last 5 % of the steps, is at most {TARGET:g} (it starts at 2.24). "
         f"Upper step: the best of one grid of {len(GRID)}, {GRID[-1]:.1e} to "
-        f"{GRID[0]:.2g} by factors of 1.41, for every n; lower step {RATIO:g} times it.",
+        f"{GRID[0]:.2g} by factors of two, for every n; lower step {RATIO:g} times it.",
         "",
         *table(rows),
         "",
