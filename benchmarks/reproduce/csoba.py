@@ -54,7 +54,12 @@ def main():
         begin = time.perf_counter()
         found = PARTS[name](options)
         seconds = time.perf_counter() - begin
-        part = ["", *found, "", f"This part took {seconds:.0f} s, compilation included."]
+        part = [
+            "",
+            *found,
+            "",
+            f"This part took {seconds:.0f} s, compilation included.",
+        ]
         print(*part, sep="\n", flush=True)
         lines += part
     (options.out / "csoba.md").write_text("\n".join([*lines, ""]), encoding="utf-8")

@@ -83,7 +83,9 @@ def watched(method, slope):
         state, metrics = method.step(key, state, batch)
         h, q = slope
         # All workers hold the same x after an exchange with a server.
-        return state, metrics._replace(hypergrad_norm=jnp.linalg.norm(h @ state.x[0] + q))
+        return state, metrics._replace(
+            hypergrad_norm=jnp.linalg.norm(h @ state.x[0] + q)
+        )
 
     return method._replace(step=step)
 

@@ -1,4 +1,4 @@
-"""Floors on quadratics in closed form: alike and unlike workers, without and with noise."""
+"""Floors on closed-form quadratics: workers alike or not, with noise or without."""
 
 from typing import NamedTuple
 
@@ -112,7 +112,8 @@ def report(options):
     return [
         "## Floors on the closed-form quadratic",
         "",
-        f"`worker_quadratic`, {NODES} workers, dx = dy = 20, float64; random_k({KEPT}), "
+        f"`worker_quadratic`, {NODES} workers, dx = dy = 20, float64; "
+        f"random_k({KEPT}), "
         f"{STEPS} steps of {UPPER:g} (x) and {LOWER:g} (y, z), moving averages of "
         f"weight 0.1. Cells: norm of the true hypergradient, mean of the last {LAST} "
         f"iterates, median [range] of {len(SEEDS)} problems. Bytes up: one worker, one "

@@ -138,10 +138,12 @@ def report(options):
     return [
         "## Cost of one step",
         "",
-        f"dx = dy = {options.dim}, {NODES} workers, float32; a diagonal quadratic whose "
+        f"dx = dy = {options.dim}, {NODES} workers, float32; a diagonal quadratic "
+        "whose "
         "workers each read data of their own. Compressor: encoding and decoding the "
         "three messages of all workers, nothing else; one pass: multiplying one array "
-        f"({NODES}, {options.dim}) by 1.01 in place. Donated scans of {INNER} steps that "
+        f"({NODES}, {options.dim}) by 1.01 in place. Donated scans of {INNER} steps "
+        "that "
         f"take turns, blocked on the device, median [quartiles] of {REPEATS}, compile "
         "time apart.",
         "",

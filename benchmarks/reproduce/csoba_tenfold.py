@@ -1,4 +1,4 @@
-"""Bytes up to a fixed accuracy, compressed against uncompressed, alike and unlike data."""
+"""Bytes up to a fixed accuracy, compressed or not, with data alike or unlike."""
 
 import functools
 import itertools
@@ -270,7 +270,10 @@ def rows_of(histories, split, seeds):
     rows, ratios = [], {}
     for label, steps in hits.items():
         end = ending(accuracy[label])
-        row = {"method": label, "kB up per step": f"{mega(label, 1e3, 'message_bytes'):.2f}"}
+        row = {
+            "method": label,
+            "kB up per step": f"{mega(label, 1e3, 'message_bytes'):.2f}",
+        }
         if np.isfinite(steps):
             up = mega(label, steps, "message_bytes")
             both = mega(label, steps, "message_bytes", "down_bytes")
@@ -278,7 +281,9 @@ def rows_of(histories, split, seeds):
             row["MB up to target"], row["factor"] = f"{up:.3f}", f"{least / up:.1f}"
             row["MB up + down"], row["steps"] = f"{both:.2f}", f"{steps:.0f}"
         else:
-            row |= dict.fromkeys(("MB up to target", "factor", "MB up + down", "steps"), "")
+            row |= dict.fromkeys(
+                ("MB up to target", "factor", "MB up + down", "steps"), ""
+            )
             row["MB up to target"] = "not reached"
         row["final accuracy"] = f"{end.mean():.4f} ± {end.std():.4f}"
         row["gap, points"] = f"{100 * (end.mean() - best):+.1f}"
@@ -329,18 +334,23 @@ def report(options):
         f"## Ten-fold? Bytes up to a fixed accuracy, {name}",
         "",
         f"{NODES} workers, minibatches of {BATCH} on each level, {options.seeds} seeds "
-        "(split, start and noise), constant steps. Hyper-representation: backbone 64-32-16 "
+        "(split, start and noise), constant steps. Hyper-representation: backbone "
+        "64-32-16 "
         "and a linear head; hyper-cleaning: half of the training labels replaced at "
-        "random, one entry of x per training sample. There each worker's direction of x "
+        "random, one entry of x per training sample. There each worker's direction of "
+        "x "
         "is zero but for its own samples; that gets no credit: a dense message counts "
-        "all entries, and a sparsifier draws from all of them. Target: 98 % of the best "
+        "all entries, and a sparsifier draws from all of them. Target: 98 % of the "
+        "best "
         "uncompressed final test accuracy (means over seeds; final = mean of the last "
         "tenth of the evaluations). Every method chose its pair of steps from the same "
         f"grid, by the mean validation loss over {TUNING_LENGTH} steps on "
-        f"{len(TUNING_SEEDS)} seeds of their own. MB (1e6 bytes) per worker, exact, median "
+        f"{len(TUNING_SEEDS)} seeds of their own. MB (1e6 bytes) per worker, exact, "
+        "median "
         "over the seeds, interpolated between evaluations every "
         f"{EVERY} steps; factor: against the best uncompressed. Methods with 2 x draw "
-        "batches twice as large on half of the steps. The factor cannot exceed the ratio "
+        "batches twice as large on half of the steps. The factor cannot exceed the "
+        "ratio "
         "of the kB per step unless a method needs fewer steps: 10 % of the entries "
         "can hardly give ten-fold.",
     ]

@@ -54,7 +54,9 @@ def with_gradient_noise(task: Task, sigma: float) -> Task:
 
     def tilted(objective):
         def tilted_objective(x, y, batch):
-            tilt = _dot(batch.y, y) + (_dot(batch.x, x) if jax.tree.leaves(batch.x) else 0.0)
+            tilt = _dot(batch.y, y)
+            if jax.tree.leaves(batch.x):
+                tilt += _dot(batch.x, x)
             return objective(x, y, batch.data) + tilt
 
         return tilted_objective
