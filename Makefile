@@ -23,3 +23,4 @@ bench:
 	$(PYTHON) benchmarks/product.py
 	$(PYTHON) benchmarks/oracle_complexity.py
 	$(PYTHON) benchmarks/run_overhead.py
+	$(PYTHON) benchmarks/reproduce/csoba.py

@@ -15,8 +15,12 @@ import dbojax as dbo
 
 NODES, BATCH, EVERY = 8, 32, 10
 LENGTH, TUNING_LENGTH = 600, 250  # steps of one round; R rounds take an R-th
-UPPER_STEPS = {"representation": (0.03, 0.1, 0.3, 1.0), "cleaning": (1.0, 10.0, 100.0)}
-LOWER_STEPS = {"representation": (0.1, 0.3, 1.0, 2.0), "cleaning": (0.1, 0.3, 1.0)}
+UPPER_STEPS = {
+    "representation": (0.01, 0.03, 0.1, 0.3, 1.0),
+    "cleaning": (10.0, 30.0, 100.0, 300.0, 1000.0),
+}
+LOWER_STEPS = {"representation": (0.1, 0.3, 1.0), "cleaning": (0.1, 0.3, 1.0)}
+RIDGE = 0.02  # of hyper-cleaning, whose inputs are in [0, 1]
 TUNING_SEEDS = (100, 101)  # splits and starts that the tables never see
 SPLITS = {"homogeneous": None, "Dirichlet(0.3)": 0.3}
 ROUNDS = {"EF-SOBA, 2 x random 10 %": 2}
@@ -78,7 +82,7 @@ def task_of(kind, alpha, seed, source):
     more = {} if test is None else {"test": test, "fractions": (0.5, 0.5, 0.0)}
     shards = data.distribute(train, n=NODES, deal=deal, seed=seed, **more)
     if kind == "cleaning":
-        return dbo.tasks.hyper_cleaning(shards, seed=seed), shards.test
+        return dbo.tasks.hyper_cleaning(shards, ridge=RIDGE, seed=seed), shards.test
     return dbo.tasks.hyper_representation(shards, backbone(), seed=seed), shards.test
 
 
