@@ -19,7 +19,7 @@ UPPER_STEPS = {
     "representation": (0.01, 0.03, 0.1, 0.3, 1.0),
     "cleaning": (10.0, 30.0, 100.0, 300.0, 1000.0),
 }
-LOWER_STEPS = {"representation": (0.1, 0.3, 1.0), "cleaning": (0.1, 0.3, 1.0)}
+LOWER_STEPS = {"representation": (0.1, 0.3, 1.0, 2.0), "cleaning": (0.1, 0.3, 1.0)}
 RIDGE = 0.02  # of hyper-cleaning, whose inputs are in [0, 1]
 TUNING_SEEDS = (100, 101)  # splits and starts that the tables never see
 SPLITS = {"homogeneous": None, "Dirichlet(0.3)": 0.3}
