@@ -1,5 +1,6 @@
-"""Chosen by `python benchmarks/reproduce/csoba.py --tune`: (upper step, lower step)."""
+"""Chosen by `csoba.py --tune`: (upper step, lower step) of every method."""
 
+TUNED_OVER = 250  # steps
 STEPS = {
     ("representation", "homogeneous"): {
         "SOBA": (0.3, 1.0),
