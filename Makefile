@@ -24,3 +24,4 @@ bench:
 	$(PYTHON) benchmarks/oracle_complexity.py
 	$(PYTHON) benchmarks/run_overhead.py
 	$(PYTHON) benchmarks/reproduce/cdadam.py
+	$(PYTHON) benchmarks/reproduce/csoba.py
