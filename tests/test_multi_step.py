@@ -12,8 +12,12 @@ TIMES = 40_000
 
 
 def received(c, key, v):
-    payload, _ = c.compress(key, v, c.init(v))
-    return c.decompress(payload, v)
+    @jax.jit
+    def there_and_back(key, v):
+        payload, _ = c.compress(key, v, c.init(v))
+        return c.decompress(payload, v)
+
+    return there_and_back(key, v)
 
 
 def draws(c, key, v):

@@ -13,7 +13,7 @@ from dbojax.tasks.noise import with_gradient_noise
 def directions(task, batch, x, y, z):
     oracle = soba(task.problem)
     one = jax.tree.map(lambda leaf: leaf[0], batch)
-    return oracle.directions(None, x, y, z, oracle.init(x, y)[1], one)[0]
+    return jax.jit(oracle.directions)(None, x, y, z, (), one)[0]
 
 
 def cleaning():

@@ -113,18 +113,27 @@ def filled(oracle, data, points, width=1):
     return memory
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
-@pytest.mark.parametrize("node", [0, 1, 2])
+@jax.jit
+def _full_terms(x, y, z, data):
+    """Of f in x and y, of g in y, and both products with z."""
+    slope = jax.grad(lower, 1)
+    gradient, pull = jax.vjp(lambda x, y: slope(x, y, data.lower), x, y)
+    cross, hessian = pull(z)
+    return (*jax.grad(upper, (0, 1))(x, y, data.upper), gradient, hessian, cross)
+
+
+def _exact_directions(x, y, z, data):
+    directions = jax.jit(dbo.oracles.soba(PROBLEM).directions)
+    return directions(None, x, y, z, (), data)[0]
+
+
+@pytest.mark.parametrize(("node", "width"), [(0, 1), (1, 2), (2, 3), (1, 3)])
 def test_after_a_pass_at_one_point_the_tables_are_exact(node, width):
     data = one_node(finite_sum("three nodes"), node)
     oracle, (x, y, z) = dbo.oracles.saba(PROBLEM, *widths(data)), point()
     memory = filled(oracle, data, [(x, y, z)], width)
-    f_x, f_y = jax.grad(upper, (0, 1))(x, y, data.upper)
-    slope = jax.grad(lower, 1)
-    cross, hessian = jax.vjp(lambda x, y: slope(x, y, data.lower), x, y)[1](z)
     means = (*memory.upper.mean, *memory.lower.mean)
-    full = (f_x, f_y, slope(x, y, data.lower), hessian, cross)
-    for mean, exact in zip(means, full, strict=True):
+    for mean, exact in zip(means, _full_terms(x, y, z, data), strict=True):
         np.testing.assert_allclose(mean, exact, atol=1e-12)
     for table, samples in zip(memory, data, strict=True):
         for last, mean in zip(*map(jax.tree.leaves, table[:2]), strict=True):
@@ -132,8 +141,8 @@ def test_after_a_pass_at_one_point_the_tables_are_exact(node, width):
             np.testing.assert_allclose(mean, true.mean(0), atol=1e-12)
             np.testing.assert_array_equal(last[~np.asarray(samples.mask)], 0)
     batch = dbo.Batch(*(pick(s, np.flatnonzero(s.mask)[:width]) for s in data))
-    estimate, _ = oracle.directions(None, x, y, z, memory, batch)
-    exact, _ = dbo.oracles.soba(PROBLEM).directions(None, x, y, z, (), data)
+    estimate, _ = jax.jit(oracle.directions)(None, x, y, z, memory, batch)
+    exact = _exact_directions(x, y, z, data)
     for one, other in zip(estimate, exact, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-12)
 
@@ -158,8 +167,8 @@ def test_whatever_the_tables_hold_the_estimate_is_unbiased(known, width):
         )
         return oracle.directions(None, x, y, z, memory, batch)[0]
 
-    estimates = jax.vmap(estimate)(pairs)
-    exact, _ = dbo.oracles.soba(PROBLEM).directions(None, x, y, z, (), data)
+    estimates = jax.jit(jax.vmap(estimate))(pairs)
+    exact = _exact_directions(x, y, z, data)
     for each, full in zip(estimates, exact, strict=True):
         np.testing.assert_allclose(each.mean(0), full, atol=1e-12)
         assert np.abs(each - full[None]).max() > 1e-2
@@ -324,7 +333,7 @@ def test_other_oracles_see_the_samples_of_an_indexed_batch():
 def test_inner_rounds_take_indexed_batches_too():
     data = finite_sum("three nodes")
     sampler = samplers.paired(*(samplers.indexed(level, 2) for level in data))
-    batch = samplers.fresh_rounds(sampler, 2)(jax.random.key(0), 0)
+    batch = jax.jit(samplers.fresh_rounds(sampler, 2))(jax.random.key(0), 0)
     assert isinstance(batch, Rounds)
     channel = dbo.channels.exact(dbo.mixing.averaging(3))
     move = dbo.strategies.allreduce(channel, optax.sgd(0.1))
