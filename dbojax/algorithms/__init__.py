@@ -1,14 +1,14 @@
 """Published methods as compositions of parts, and the composer itself."""
 
 from dbojax.algorithms.c2dfb import c2dfb as c2dfb
+from dbojax.algorithms.c_soba import c_soba as c_soba
+from dbojax.algorithms.c_soba import cm_soba as cm_soba
+from dbojax.algorithms.c_soba import ef_soba as ef_soba
 from dbojax.algorithms.compose import BilevelState as BilevelState
 from dbojax.algorithms.compose import Phase as Phase
 from dbojax.algorithms.compose import compose as compose
 from dbojax.algorithms.compose import local_step as local_step
 from dbojax.algorithms.ma_dsbo import ma_dsbo as ma_dsbo
-from dbojax.algorithms.soba import c_soba as c_soba
-from dbojax.algorithms.soba import cm_soba as cm_soba
-from dbojax.algorithms.soba import ef_soba as ef_soba
 from dbojax.algorithms.soba import ma_soba as ma_soba
 from dbojax.algorithms.soba import saba as saba
 from dbojax.algorithms.soba import soba as soba
