@@ -155,6 +155,20 @@ def test_a_wide_clip_never_acts_and_a_narrow_one_does():
     assert float(jnp.linalg.norm(narrow.z[0])) == pytest.approx(length / 2, rel=1e-12)
 
 
+def test_with_y_and_z_converged_x_moves_along_the_slope_of_the_value():
+    """Against central differences of the closed form, at a point of no meaning."""
+    task = _task()
+    x = jnp.linspace(-1.0, 2.0, D)
+    task = task._replace(x0=x)
+    state, _ = toys.run(_method("soba", task, upper_step=0.0), task, 1000)
+    workers, point = Workers(task), [np.asarray(v[0]) for v in state[:3]]
+    direction = np.mean([workers.directions(i, 0, *point)[0] for i in range(N)], 0)
+    steps = 1e-5 * np.eye(D)
+    value = jax.jit(jax.vmap(task.exact.value))
+    slope = (value(x[None] + steps) - value(x[None] - steps)) / 2e-5
+    np.testing.assert_allclose(direction, slope, rtol=1e-7, atol=1e-8)
+
+
 # --- golden values, section 6.1 of the specification -------------------------------
 
 GOLDEN_STEPS = 6000
