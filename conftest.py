@@ -1,5 +1,15 @@
 """Settings and fixtures shared by the tests and the doctests."""
 
+import os
+from pathlib import Path
+
+# Nearly all time goes into compiling small programs, many of them alike: optimise them
+# less, and keep what was compiled.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +17,10 @@ import numpy as np
 import optax
 import pytest
 
+CACHE = Path(__file__).parent / ".pytest_cache" / "xla"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
