@@ -10,7 +10,8 @@ the messages over those present, unbiased if all sets are drawn alike, while mem
 a server always move by a sum divided by n.
 
 They suit strategies that send directions (`allreduce`) or values (diffusion); gradient
-tracking loses the mean of its trackers over a compressed one and takes no mask.
+tracking loses the mean of its trackers over a compressed one. Only `allreduce` takes a
+mask.
 """
 
 from __future__ import annotations
