@@ -6,6 +6,7 @@ from dbojax import algorithms as algorithms
 from dbojax import base as base
 from dbojax import channels as channels
 from dbojax import compressors as compressors
+from dbojax import hypergradients as hypergradients
 from dbojax import mixing as mixing
 from dbojax import optim as optim
 from dbojax import oracles as oracles

@@ -59,16 +59,31 @@ class Calls:
     Args:
         gradients: gradients of one objective in one variable.
         products: products of a vector with a block of second derivatives.
+        tangents: directions pushed through one step of an inner solver, or through the
+            whole of one that does not tell its steps.
+        solves: runs of an inner solver.
     """
 
     gradients: int = 0
     products: int = 0
+    tangents: int = 0
+    solves: int = 0
 
     def __add__(self, other: Calls) -> Calls:
-        return Calls(self.gradients + other.gradients, self.products + other.products)
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Calls(*(a + b for a, b in pairs))
 
     def __mul__(self, times: int) -> Calls:
-        return Calls(self.gradients * times, self.products * times)
+        return Calls(*(value * times for value in dataclasses.astuple(self)))
+
+
+class Cost(NamedTuple):
+    """What was really called, where it may depend on data: int32 scalars."""
+
+    gradients: jax.Array  # each counts what its namesake in `Calls` counts
+    products: jax.Array
+    tangents: jax.Array
+    solves: jax.Array
 
 
 class Problem(NamedTuple):
@@ -205,12 +220,26 @@ class Oracle(NamedTuple):
     calls: tuple[Calls, Calls, Calls]  # what d_x, d_y and d_z cost, each by itself
 
 
+class Info(NamedTuple):
+    """What an estimate of a hypergradient tells of itself."""
+
+    value: jax.Array  # f(x, y) at the y that the estimate returns
+    # Whether all came out finite and no linear solve broke down. If not, the
+    # hypergradient is a finite stand-in: zeros where it was not finite.
+    ok: jax.Array
+    cost: Cost
+    residual: jax.Array | None = None  # |H z - b| / |b| of the linear system, if any
+    # Estimate of E|estimate - exact|^2 from the sample, if directions were drawn.
+    variance: jax.Array | None = None
+
+
 class Hypergradient(NamedTuple):
     """A stand-alone estimator of ``d/dx f(x, y*(x))`` on one machine."""
 
     init: Callable[[Tree, Tree], State]
     # (key, x, y, state, batch) -> (hypergradient, y, state, info)
-    estimate: Callable[..., tuple[Tree, Tree, State, Any]]
+    estimate: Callable[..., tuple[Tree, Tree, State, Info]]
+    calls: Calls = Calls()  # what one estimate costs, at most
 
 
 class Consensus(NamedTuple):

@@ -1,0 +1,105 @@
+"""What all estimators share: checks before any computation, and a safe end."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dbojax import trees
+from dbojax.base import Calls, Cost, Info, Problem, Rounds, Tree
+from dbojax.hypergradients.inner import Inner, Solver, lower_batch, upper_batch
+
+
+def no_state(x: Tree, y: Tree) -> tuple[()]:
+    """State of an estimator that remembers nothing."""
+    del x, y
+    return ()
+
+
+def prepare(
+    problem: Problem, x: Tree, y: Tree, batch: Tree, inner: Inner | Solver | None = None
+) -> tuple[Tree, Tree]:
+    """Both variables as arrays, or an error that says what is wrong with the call.
+
+    Args:
+        problem: objectives of one node.
+        x: upper variable.
+        y: lower variable, where the inner solver starts.
+        batch: what the objectives get.
+        inner: the solver that is going to be run, if any.
+
+    Returns:
+        x and y.
+
+    Raises:
+        ValueError: if a variable is not floating point, an objective is not a scalar,
+            or the batch has too few rounds.
+    """
+    x, y = (jax.tree.map(jnp.asarray, v) for v in (x, y))
+    trees.check_floating(x, "x")
+    trees.check_floating(y, "y")
+    steps = inner.steps if isinstance(inner, Inner) else 0
+    if isinstance(batch, Rounds):
+        held = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(batch.inner)}
+        if any(count < steps for count in held):
+            raise ValueError(
+                f"`Rounds.inner` needs samples for each of {steps} inner steps on "
+                f"axis 0; got {min(held)}."
+            )
+    # A solver may take another lower objective, or none.
+    samples = {"upper": upper_batch(batch)}
+    if inner is None:
+        samples["lower"] = lower_batch(batch)
+    for name, sample in samples.items():
+        shape = jax.eval_shape(getattr(problem, name), x, y, sample)
+        if getattr(shape, "shape", None) != ():
+            raise ValueError(
+                f"`problem.{name}(x, y, batch)` must return a scalar, e.g. with "
+                f"`jnp.mean`; got {shape}."
+            )
+    return x, y
+
+
+def cost(calls: Calls) -> Cost:
+    """The same numbers, where they may depend on data."""
+    return Cost(*(jnp.asarray(n, jnp.int32) for n in dataclasses.astuple(calls)))
+
+
+def all_finite(*values: Tree) -> jax.Array:
+    """Whether no entry of any leaf is infinite or NaN."""
+    leaves = jax.tree.leaves(values)
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def finish(
+    hypergrad: Tree,
+    y: Tree,
+    start: Tree,
+    value: jax.Array,
+    cost: Cost,
+    ok: jax.Array | bool = True,
+    residual: jax.Array | None = None,
+    variance: jax.Array | None = None,
+) -> tuple[Tree, Tree, Info]:
+    """Put finite stand-ins where a result is not finite, and flag them.
+
+    Args:
+        hypergrad: the estimate, like x.
+        y: where the inner solver ended.
+        start: where it started; stands in for a y that is not finite.
+        value: upper objective at ``(x, y)``.
+        cost: what the estimate called.
+        ok: whether the estimator met no other trouble.
+        residual: of the linear system, relative.
+        variance: of the estimate, from its sample.
+
+    Returns:
+        Hypergradient, y and what is known of them.
+    """
+    finite_y, finite = all_finite(y), all_finite(hypergrad)
+    y = jax.tree.map(lambda a, b: jnp.where(finite_y, a, b), y, start)
+    hypergrad = jax.tree.map(lambda g: jnp.where(finite, g, 0), hypergrad)
+    ok = jnp.isfinite(value) & finite_y & finite & ok
+    return hypergrad, y, Info(value, ok, cost, residual, variance)
