@@ -16,11 +16,9 @@ from environment import ensure
 ensure(["tasks"])
 
 import argparse
-import csv
 import functools
+import importlib.metadata
 import importlib.util
-import os
-import platform
 import time
 from pathlib import Path
 
@@ -28,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from report import header, quartiles, table, write_csv
 from sklearn.datasets import load_digits
 
 import dbojax as dbo
@@ -58,7 +57,9 @@ def arguments(dtype):
     order = np.random.default_rng(0).permutation(len(images))
     inputs, targets = images[order] / 16, np.eye(10)[labels[order]]
     parts = np.array_split(inputs, 2), np.array_split(targets, 2)
-    levels = (tuple(jnp.asarray(a, dtype) for a in pair) for pair in zip(*parts, strict=True))
+    levels = (
+        tuple(jnp.asarray(a, dtype) for a in pair) for pair in zip(*parts, strict=True)
+    )
     x = jnp.full((64, 10), -6.0, dtype)
     return x, jnp.zeros_like(x), dbo.Batch(*levels)
 
@@ -330,13 +331,12 @@ def rows(functions, repeats):
         base = (name, "by hand") if (name, "by hand") in functions else (name, "dbojax")
         cost, other = (programs[k].cost_analysis() for k in ((name, who), base))
         ratio = np.divide(times[name, who], np.median(times[base]))
-        low, middle, high = np.quantile(ratio, [0.25, 0.5, 0.75])
         memory = programs[name, who].memory_analysis().temp_size_in_bytes
         yield {
             "family": name,
             "who": who,
             "ms": f"{1e3 * np.median(times[name, who]):.2f}",
-            "time / by hand": f"{middle:.2f} [{low:.2f}, {high:.2f}]",
+            "time / by hand": quartiles(ratio, 2),
             "operations / by hand": f"{cost['flops'] / other['flops']:.3f}",
             "bytes / by hand": (
                 f"{cost['bytes accessed'] / other['bytes accessed']:.3f}"
@@ -354,28 +354,18 @@ def main():
     parser.add_argument("--only", nargs="+", choices=OURS, default=list(OURS))
     parser.add_argument("--out", type=Path, default=Path("results/hypergradients.csv"))
     options = parser.parse_args()
-    versions = [f"jax {jax.__version__}", f"dbojax {dbo.__version__}"]
-    versions += [
+    peers = [
         f"{peer} {importlib.metadata.version(peer)}"
         for peer in ("jaxopt", "optimistix")
         if importlib.util.find_spec(peer)
     ]
     print(
-        f"{jax.devices()[0].device_kind} ({os.cpu_count()} cores), Python "
-        f"{platform.python_version()}, {', '.join(versions)}; {options.depth} inner "
-        f"steps, {TERMS} of the linear solver, {DIRECTIONS} directions, "
-        f"{options.repeats} repeats, float32.\n"
+        f"{', '.join([header(), *peers])}; {options.depth} inner steps, {TERMS} of the "
+        f"linear solver, {DIRECTIONS} directions, {options.repeats} repeats, float32.\n"
     )
-    table = list(rows(contenders(options.only, options.depth), options.repeats))
-    print("|", " | ".join(table[0]), "|")
-    print("| --- | --- |", " | ".join(["---:"] * (len(table[0]) - 2)), "|")
-    for row in table:
-        print("|", " | ".join(row.values()), "|")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    found = list(rows(contenders(options.only, options.depth), options.repeats))
+    print(*table(found, left=2), sep="\n")
+    write_csv(options.out, found)
 
 
 if __name__ == "__main__":
