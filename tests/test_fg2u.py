@@ -81,12 +81,16 @@ def test_gossip_of_slopes_is_gossip_of_gradients():
     key = jax.random.key(3)
     state, metrics = jax.jit(method.step)(key, method.init(x, x), gradients())
     key_slopes, _ = jax.random.split(key)
-    halves, own = scalars(), []
-    for node, gradient in enumerate(gradients()):
+    halves = scalars()
+
+    @jax.jit
+    def alone(node, gradient):
         node_key = jax.random.fold_in(key_slopes, node)
         slopes, _, _ = halves.coefficients(node_key, x[0], x[0], gradient)
-        own.append(halves.combine(node_key, x[0], slopes))
-    np.testing.assert_allclose(-state.x, w @ np.stack(own), atol=1e-12)
+        return halves.combine(node_key, x[0], slopes)
+
+    own = [alone(node, gradient) for node, gradient in enumerate(gradients())]
+    np.testing.assert_allclose(-state.x, w @ jnp.stack(own), atol=1e-12)
     assert metrics.traffic.total == B * 8 * 2 * NODES
 
 

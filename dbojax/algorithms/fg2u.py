@@ -3,6 +3,7 @@
 Our formulation: nodes push random directions through their own inner solvers
 (arXiv:2406.14095) and exchange the slopes; who knows the key rebuilds the rest.
 """
+# ruff: noqa: D417 - what means the same in both is described once.
 
 from __future__ import annotations
 
@@ -86,9 +87,8 @@ def fg2u_shared(
     rebuild = jax.vmap(scalars.combine, (None, 0, 0))
 
     def init(x):
-        dtype = trees.ravel(trees.one_node(x)).dtype
         shape = trees.num_nodes(x, "x"), scalars.directions
-        return channel.init(jnp.zeros(shape, dtype))
+        return channel.init(jnp.zeros(shape, jax.eval_shape(trees.ravel, x).dtype))
 
     def gradients(key, key_slopes, x, w, state):
         mean, state, traffic = channel.send(key, w, state)
@@ -126,14 +126,16 @@ def fg2u_own(
 
     References:
         Shen et al. (2024), arXiv:2406.14095, eq. 7-10; the exchange: our formulation.
-    """  # noqa: D417
+    """
     trees.check_type(mix, Mix, "mix", "dbo.mixing.averaging(n)")
 
     def rebuilt(key, x, w, nodes, weights):
         def add(total, one):
             node, w, weight = one
             piece = scalars.combine(jax.random.fold_in(key, node), x, w)
-            return jax.tree.map(lambda t, p: t + trees.times(weight, p), total, piece), None
+            return jax.tree.map(
+                lambda t, p: t + trees.times(weight, p), total, piece
+            ), None
 
         zeros = jax.tree.map(jnp.zeros_like, x)
         return jax.lax.scan(add, zeros, (nodes, w, weights))[0]
@@ -191,7 +193,9 @@ def _algorithm(
         metrics = Metrics(
             trees.node_mean(upper),
             trees.norm(trees.node_mean(grads)),
-            Consensus(trees.consensus_error(x), trees.consensus_error(y), jnp.zeros(())),
+            Consensus(
+                trees.consensus_error(x), trees.consensus_error(y), jnp.zeros(())
+            ),
             traffic,
             scalars.calls,
         )
