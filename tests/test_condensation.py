@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import dbojax as dbo
-from dbojax.tasks import data, networks
+from dbojax.tasks import condensation, data, networks
 
 SIDE, CLASSES = 4, 3
 
@@ -201,6 +201,15 @@ def test_networks_learn_from_real_images_and_not_from_noise(key):
     assert learnt > 0.8 > 0.6 > guessed
     assert found["real_accuracy"][:4].mean() > 0.8
     assert found["real_loss"][:4].mean() < found["real_loss"][4:].mean()
+
+
+def test_many_samples_are_judged_in_parts(key, monkeypatch):
+    network = NETWORKS["perceptron"]
+    y, inputs = network.init(key), jax.random.uniform(key, (11, SIDE**2))
+    wanted = network.logits(y, inputs)
+    monkeypatch.setattr(condensation, "_PART", 4)
+    found = jax.jit(condensation._in_parts, static_argnums=0)(network, y, inputs)
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
 def test_each_inner_run_starts_from_a_fresh_network(task, key):

@@ -19,6 +19,8 @@ from dbojax.tasks.networks import Network, perceptron
 from dbojax.tasks.samplers import minibatches
 from dbojax.tasks.task import Sampler
 
+_PART = 2000  # samples that are judged at once
+
 
 class Condensation(NamedTuple):
     """The bilevel problem, where both levels start, and how images are judged."""
@@ -129,9 +131,9 @@ def condensation(
 
     def evaluate(key, x):
         y = train_on(key, x)
-        outputs = network.logits(y, real.inputs)
+        outputs = _in_parts(network, y, real.inputs)
         return {
-            "test_accuracy": accuracy(network.logits(y, judges.inputs), judges),
+            "test_accuracy": accuracy(_in_parts(network, y, judges.inputs), judges),
             "real_loss": cross_entropy(outputs, real),
             "real_accuracy": accuracy(outputs, real),
         }
@@ -148,6 +150,15 @@ def condensation(
         judges,
         evaluate,
         train.name,
+    )
+
+
+def _in_parts(network, y, inputs):
+    """Logits of many samples, in the memory that some of them need."""
+    if len(inputs) <= _PART:
+        return network.logits(y, inputs)
+    return jax.lax.map(
+        lambda row: network.logits(y, row[None])[0], inputs, batch_size=_PART
     )
 
 
