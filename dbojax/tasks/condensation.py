@@ -107,7 +107,7 @@ def condensation(
     train, test = _datasets(train, test, seed)
     (_, d), c = train.inputs.shape, train.num_classes
     network = perceptron(d, c) if network is None else network
-    largest = train.inputs.max()
+    largest = train.inputs.max() or 1.0
     real, judges = _samples(train, largest), _samples(test, largest)
     labels = jnp.tile(jnp.arange(c, dtype=jnp.int32), per_class)
     counted = jnp.ones(labels.shape, bool)
