@@ -216,9 +216,11 @@ def test_many_samples_are_judged_in_parts(key, monkeypatch):
 
 
 def test_each_inner_run_starts_from_a_fresh_network(task, key):
-    start = lambda key, x, y: task.init(key)  # noqa: E731
-    optimizer = dbo.hypergradients.descent(task.problem, optax.sgd(0.0), 1, start=start)
-    solve = jax.jit(dbo.hypergradients.solver(optimizer))
+    def start(key, x, y):
+        return task.init(key)
+
+    inner = dbo.hypergradients.descent(task.problem, optax.sgd(0.0), 1, start)
+    solve = jax.jit(dbo.hypergradients.solver(inner))
     x, y = task.noise(key), task.init(key)
     one, same, other = (solve(jax.random.key(s), x, y, task.batch) for s in (0, 0, 1))
     kernels = [v["head"]["kernel"] for v in (one, same, other)]

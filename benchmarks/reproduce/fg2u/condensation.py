@@ -77,7 +77,8 @@ def part(options, per_class):
         next(name for name in programs if name.startswith(kind))
         for kind in ("Hessian-free", "(FG)²U")
     )
-    rates = found[cheap].rate, found[good].rate
+    # The first phase is short, and so were the runs with as many steps as (FG)²U.
+    rates = level[cheap].rate, found[good].rate
     pairs = runs.two_phases(
         bench, programs[cheap], programs[good], rates, found[good].runs
     )

@@ -87,6 +87,8 @@ def picture(found, title, options, per_class):
 
 def two_phase_lines(pairs, options):
     """Seconds until two phases reach what one phase ends with, seed by seed."""
+    if not pairs:
+        return []
     rows = [
         {
             "seed": seed,
@@ -107,7 +109,8 @@ def two_phase_lines(pairs, options):
         "### Two phases",
         "",
         f"Hessian-free for {options.first:.0%} of the time, then (FG)²U with a fresh "
-        "Adam, each with its outer step of the first table, against (FG)²U alone.",
+        "Adam, against (FG)²U alone; the outer step of (FG)²U is that of the first "
+        "table, that of Hessian-free, for a short run, that of the second.",
         "",
         *table(rows),
         "",
