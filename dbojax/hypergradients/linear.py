@@ -81,12 +81,16 @@ def cg(max_steps: int, tol: float = 0.0, damping: float = 0.0) -> LinearSolver:
     check_positive(tol, "tol", "cg", zero=True)
     check_positive(damping, "damping", "cg", zero=True)
 
+    def damped(a):  # adding nothing would still cost a pass through memory
+        plain = isinstance(damping, int | float) and damping == 0
+        return a if plain else lambda v: a(v) + damping * v
+
     def solve(a, b, start):
         def bend(p):
-            q = a(p) + damping * p
+            q = damped(a)(p)
             return q, _dot(p, q)
 
-        z, r, used = _origin(lambda v: bend(v)[0], b, start)
+        z, r, used = _origin(damped(a), b, start)
         z, r, steps, ok = _conjugate(bend, None, z, r, b, max_steps, tol, 1)
         return _Flat(z, r + damping * z, steps, ok, steps + used)
 
@@ -208,7 +212,7 @@ def neumann(steps: int, step_size: float | jax.Array) -> LinearSolver:
     .. math:: z = \alpha \sum_{k=0}^K (I - \alpha A)^k b
 
     Converges for :math:`0 < \alpha < 2 / \|A\|` and a positive definite ``A``. If the
-    last term is larger than b, the series diverges and ``ok`` is false.
+    residual is larger than b, the series diverges and ``ok`` is false.
 
     Args:
         steps: K, products in the sum; one more tells the residual.
@@ -235,15 +239,13 @@ def neumann(steps: int, step_size: float | jax.Array) -> LinearSolver:
         z, r, used = _origin(a, b, start)
         alpha = jnp.asarray(step_size, b.dtype)
 
-        def add(_, carry):
-            term, total = carry
-            term = term - alpha * a(term)
-            return term, total + term
+        def add(_, carry):  # the terms are the residuals of the sums before them
+            z, gap = carry
+            return z + alpha * gap, gap - alpha * a(gap)
 
-        last, total = jax.lax.fori_loop(0, steps, add, (r, r))
-        converges = _dot(last, last) <= _dot(r, r)
-        gap = last - alpha * a(last)
-        return _Flat(z + alpha * total, gap, steps, converges, steps + 1 + used)
+        z, gap = jax.lax.fori_loop(0, steps + 1, add, (z, r))
+        converges = _dot(gap, gap) <= _dot(r, r)
+        return _Flat(z, gap, steps, converges, steps + 1 + used)
 
     return _on_trees(solve, steps + 1)
 
