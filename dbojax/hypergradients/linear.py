@@ -365,19 +365,19 @@ def _on_trees(solve_flat, products: int) -> LinearSolver:
     def solve(matvec, b, start=None):
         flat = trees.ravel(b)
         flat = flat.astype(jnp.promote_types(flat.dtype, jnp.float32))
-        # Squares of small or large numbers leave the range of floats; a power of two
-        # brings b near one and rounds nothing.
-        _, exponent = jnp.frexp(jnp.abs(flat).max(initial=0))
-        near_one = jnp.ldexp(flat, -exponent)
+        # Squares of small or large numbers leave the range of floats.
+        most = jnp.abs(flat).max(initial=0)
+        scale = jnp.where(most > 0, most, 1)
+        near_one = flat / scale
         if start is not None:
             start = trees.ravel(start).astype(flat.dtype)
-            start = jnp.where((flat != 0).any(), jnp.ldexp(start, -exponent), 0)
+            start = jnp.where(most > 0, start / scale, 0)
 
         def a(v):
             return trees.ravel(matvec(trees.unravel(v, b))).astype(v.dtype)
 
         found = solve_flat(a, near_one, start)
-        z, finite = finite_or_zero(jnp.ldexp(found.z, exponent))
+        z, finite = finite_or_zero(scale * found.z)
         residual = None
         if found.gap is not None:  # at zero it is one
             residual = jnp.where(finite, relative(found.gap, near_one), 1)
