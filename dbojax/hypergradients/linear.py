@@ -208,7 +208,7 @@ def neumann(steps: int, step_size: float | jax.Array) -> LinearSolver:
     .. math:: z = \alpha \sum_{k=0}^K (I - \alpha A)^k b
 
     Converges for :math:`0 < \alpha < 2 / \|A\|` and a positive definite ``A``. If the
-    last term is larger than b, the series diverges and ``ok`` is false.
+    residual is larger than that of zero, the series diverges and ``ok`` is false.
 
     Args:
         steps: K, products in the sum; one more tells the residual.
@@ -237,13 +237,12 @@ def neumann(steps: int, step_size: float | jax.Array) -> LinearSolver:
 
         def add(_, carry):
             term, total = carry
-            term = term - alpha * a(term)
-            return term, total + term
+            return term - alpha * a(term), total + term
 
-        last, total = jax.lax.fori_loop(0, steps, add, (r, r))
-        converges = _dot(last, last) <= _dot(r, r)
-        gap = last - alpha * a(last)
-        return _Flat(z + alpha * total, gap, steps, converges, steps + 1 + used)
+        # The term after the last one is the residual: (I - alpha A)^(K+1) r.
+        gap, total = jax.lax.fori_loop(0, steps + 1, add, (r, jnp.zeros_like(r)))
+        shrinks = _dot(gap, gap) <= _dot(r, r)
+        return _Flat(z + alpha * total, gap, steps, shrinks, steps + 1 + used)
 
     return _on_trees(solve, steps + 1)
 
