@@ -36,11 +36,11 @@ class LinearSolver(NamedTuple):
     products: int = 0
 
 
-class _Flat(NamedTuple):
-    """What a solver on vectors hands back."""
+class _Found(NamedTuple):
+    """What the inside of a solver hands back."""
 
-    z: jax.Array
-    gap: jax.Array | None  # b - A z
+    z: Tree
+    gap: Tree | None  # b - A z
     steps: int | jax.Array
     ok: bool | jax.Array
     products: int | jax.Array
@@ -83,12 +83,12 @@ def cg(max_steps: int, tol: float = 0.0, damping: float = 0.0) -> LinearSolver:
 
     def solve(a, b, start):
         def bend(p):
-            q = a(p) + damping * p
+            q = _add(a(p), damping, p)
             return q, _dot(p, q)
 
         z, r, used = _origin(lambda v: bend(v)[0], b, start)
         z, r, steps, ok = _conjugate(bend, None, z, r, b, max_steps, tol, 1)
-        return _Flat(z, r + damping * z, steps, ok, steps + used)
+        return _Found(z, _add(r, damping, z), steps, ok, steps + used)
 
     return _on_trees(solve, max_steps)
 
@@ -135,7 +135,7 @@ def normal_cg(max_steps: int, tol: float = 0.0) -> LinearSolver:
         z, r, used = _origin(a, b, start)
         z, r, steps, ok = _conjugate(bend, back, z, r, back(b), max_steps, tol, 2)
         # From a start, two more: A^T b for the tolerance, A^T r for the direction.
-        return _Flat(z, r, steps, ok, 2 * steps + 1 + 2 * used)
+        return _Found(z, r, steps, ok, 2 * steps + 1 + 2 * used)
 
     return _on_trees(solve, 2 * max_steps + 1)
 
@@ -233,16 +233,16 @@ def neumann(steps: int, step_size: float | jax.Array) -> LinearSolver:
 
     def solve(a, b, start):
         z, r, used = _origin(a, b, start)
-        alpha = jnp.asarray(step_size, b.dtype)
 
         def add(_, carry):
             term, total = carry
-            return term - alpha * a(term), total + term
+            return _add(term, -step_size, a(term)), _add(total, 1, term)
 
         # The term after the last one is the residual: (I - alpha A)^(K+1) r.
-        gap, total = jax.lax.fori_loop(0, steps + 1, add, (r, jnp.zeros_like(r)))
+        gap, total = jax.lax.fori_loop(0, steps + 1, add, (r, _zeros(r)))
         shrinks = _dot(gap, gap) <= _dot(r, r)
-        return _Flat(z + alpha * total, gap, steps, shrinks, steps + 1 + used)
+        z = _add(z, step_size, total)
+        return _Found(z, gap, steps, shrinks, steps + 1 + used)
 
     return _on_trees(solve, steps + 1)
 
@@ -273,9 +273,9 @@ def dense() -> LinearSolver:
         ok = pivots.min() > b.size * jnp.finfo(b.dtype).eps * pivots.max()
         z = jnp.where(ok, z, 0)
         gap = b - jnp.dot(matrix, z, precision="highest")
-        return _Flat(z, gap, 1, ok, b.size)
+        return _Found(z, gap, 1, ok, b.size)
 
-    return _on_trees(solve, 0)
+    return _on_trees(_on_vectors(solve), 0)
 
 
 def scaled_identity(scale: float | jax.Array) -> LinearSolver:
@@ -284,18 +284,39 @@ def scaled_identity(scale: float | jax.Array) -> LinearSolver:
 
     def solve(a, b, start):
         del a, start
-        return _Flat(jnp.asarray(scale, b.dtype) * b, None, 0, True, 0)
+        return _Found(_add(_zeros(b), scale, b), None, 0, True, 0)
 
     return _on_trees(solve, 0)
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.vdot(a, b, precision="highest")
+def _dot(a: Tree, b: Tree) -> jax.Array:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum((jnp.vdot(*p, precision="highest") for p in pairs), jnp.zeros((), "f"))
+
+
+def _add(v: Tree, scale: float | jax.Array, p: Tree) -> Tree:
+    """``v + scale * p``."""
+    return jax.tree.map(lambda a, b: a + trees.times(scale, b), v, p)
+
+
+def _zeros(v: Tree) -> Tree:
+    return jax.tree.map(jnp.zeros_like, v)
+
+
+def _where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)
+
+
+def _rounding(v: Tree) -> float:
+    """Relative rounding error of the shortest floats in a tree."""
+    return max((float(jnp.finfo(a.dtype).eps) for a in jax.tree.leaves(v)), default=0.0)
 
 
 def _origin(a, b, start):
     """Where to start, ``b - A z`` there, and what that cost."""
-    return (jnp.zeros_like(b), b, 0) if start is None else (start, b - a(start), 1)
+    if start is None:
+        return _zeros(b), b, 0
+    return start, _add(b, -1, a(start)), 1
 
 
 def _conjugate(bend, back, z, r, target, max_steps, tol, power):
@@ -314,7 +335,7 @@ def _conjugate(bend, back, z, r, target, max_steps, tol, power):
     Returns:
         z, r, steps and whether all curvatures were positive.
     """
-    rounding = jnp.finfo(r.dtype).eps
+    rounding = _rounding(r)
     enough = jnp.maximum(tol, rounding) ** 2 * _dot(target, target)
 
     def go_on(carry):
@@ -328,14 +349,14 @@ def _conjugate(bend, back, z, r, target, max_steps, tol, power):
         ok = (curvature > rounding**power * most * pp) & (curvature < jnp.inf)
         most = jnp.maximum(most, curvature / pp)
         alpha = ss / curvature
-        z = jnp.where(ok, z + alpha * p, z)
-        r = jnp.where(ok, r - alpha * q, r)
+        z = _where(ok, _add(z, alpha, p), z)
+        r = _where(ok, _add(r, -alpha, q), r)
         s = r if back is None else back(r)
         ss_next = _dot(s, s)
         beta = ss_next / ss
         # s and p are orthogonal, so |s + beta p|^2 needs no further product.
         pp = ss_next + beta**2 * pp
-        return z, r, s + beta * p, ss_next, pp, most, steps + 1, ok
+        return z, r, _add(s, beta, p), ss_next, pp, most, steps + 1, ok
 
     s = r if back is None else back(r)
     ss = _dot(s, s)
@@ -353,38 +374,63 @@ def _wrapped(run, steps, products, tol):
         least = jnp.maximum(tol, jnp.finfo(b.dtype).eps)
         z = run(a, b, start, least)
         gap = b - a(z)
-        return _Flat(z, gap, steps, _dot(gap, gap) <= _dot(b, b), products + 1)
+        return _Found(z, gap, steps, _dot(gap, gap) <= _dot(b, b), products + 1)
 
-    return _on_trees(solve, products + 1)
+    return _on_trees(_on_vectors(solve), products + 1)
 
 
-def _on_trees(solve_flat, products: int) -> LinearSolver:
-    """Lift a solver on vectors ``(matvec, b, start) -> _Flat`` to trees."""
+def _on_vectors(solve_flat):
+    """Let a solver that wants vectors take trees."""
+
+    def solve(a, b, start):
+        def flat_a(v):
+            return trees.ravel(a(trees.unravel(v, b))).astype(v.dtype)
+
+        start = None if start is None else trees.ravel(start)
+        found = solve_flat(flat_a, trees.ravel(b), start)
+        z, gap = (trees.unravel(v, b) for v in (found.z, found.gap))
+        return found._replace(z=z, gap=gap)
+
+    return solve
+
+
+def _on_trees(solve_scaled, products: int) -> LinearSolver:
+    """A solver from its inside, which sees a b near one in at least float32.
+
+    Trees are not made one vector, although that is fewer operations: a matrix that is
+    cut out of a vector takes twice as long to multiply with on CPU.
+    """
 
     def solve(matvec, b, start=None):
-        flat = trees.ravel(b)
-        flat = flat.astype(jnp.promote_types(flat.dtype, jnp.float32))
+        long = trees.wide(b)
         # Squares of small or large numbers leave the range of floats.
-        most = jnp.abs(flat).max(initial=0)
+        most = jnp.zeros((), "f")
+        for leaf in jax.tree.leaves(long):
+            most = jnp.maximum(most, jnp.abs(leaf).max(initial=0))
         scale = jnp.where(most > 0, most, 1)
-        near_one = flat / scale
-        if start is not None:
-            start = trees.ravel(start).astype(flat.dtype)
-            start = jnp.where(most > 0, start / scale, 0)
+
+        def shrink(v):
+            return jax.tree.map(lambda a: a / scale.astype(a.dtype), v)
 
         def a(v):
-            return trees.ravel(matvec(trees.unravel(v, b))).astype(v.dtype)
+            return trees.cast(matvec(trees.cast(v, b)), v)
 
-        found = solve_flat(a, near_one, start)
-        z, finite = finite_or_zero(scale * found.z)
+        if start is not None:
+            start = shrink(trees.cast(start, long))
+            start = _where(most > 0, start, _zeros(start))
+        near_one = shrink(long)
+        found = solve_scaled(a, near_one, start)
+        z, finite = finite_or_zero(
+            jax.tree.map(lambda a: trees.times(scale, a), found.z)
+        )
         residual = None
         if found.gap is not None:  # at zero it is one
             residual = jnp.where(finite, relative(found.gap, near_one), 1)
         return Solution(
-            trees.unravel(z, b),
+            trees.cast(z, b),
             residual,
             jnp.asarray(found.steps, jnp.int32),
-            jnp.asarray(found.ok) & finite & all_finite(flat),
+            jnp.asarray(found.ok) & finite & jnp.isfinite(most),
             jnp.asarray(found.products, jnp.int32),
         )
 
