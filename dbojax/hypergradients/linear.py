@@ -2,48 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from dbojax import trees
-from dbojax.base import Tree
-from dbojax.hypergradients.common import all_finite, check_positive
+from dbojax.hypergradients import systems
+from dbojax.hypergradients.common import check_positive
 from dbojax.hypergradients.inner import check_count
-
-Matvec = Callable[[Tree], Tree]  # v -> A v, linear, like b
-
-
-class Solution(NamedTuple):
-    """Where a linear solver ended, and what it knows of the place."""
-
-    z: Tree  # like b; finite whatever happened, exactly zero for b = 0
-    residual: jax.Array | None  # |A z - b| / |b|, 0 for b = 0; None: it would cost
-    steps: jax.Array  # int32
-    ok: jax.Array  # whether the solver broke down nowhere; few steps are no breakdown
-    products: jax.Array  # int32, with A and with its transpose
-
-
-class LinearSolver(NamedTuple):
-    """A way to solve ``A z = b``, its settings included."""
-
-    # (matvec, b, start=None) -> Solution; b and start are trees of one structure
-    solve: Callable[..., Solution]
-    # Products of a solve from zero at most, a start costs one more; 0: not known
-    # before b is.
-    products: int = 0
-
-
-class _Found(NamedTuple):
-    """What the inside of a solver hands back."""
-
-    z: Tree
-    gap: Tree | None  # b - A z
-    steps: int | jax.Array
-    ok: bool | jax.Array
-    products: int | jax.Array
+from dbojax.hypergradients.systems import LinearSolver as LinearSolver
+from dbojax.hypergradients.systems import Solution as Solution
 
 
 def cg(max_steps: int, tol: float = 0.0, damping: float = 0.0) -> LinearSolver:
@@ -83,14 +49,14 @@ def cg(max_steps: int, tol: float = 0.0, damping: float = 0.0) -> LinearSolver:
 
     def solve(a, b, start):
         def bend(p):
-            q = _add(a(p), damping, p)
-            return q, _dot(p, q)
+            q = systems.add(a(p), damping, p)
+            return q, systems.dot(p, q)
 
         z, r, used = _origin(lambda v: bend(v)[0], b, start)
         z, r, steps, ok = _conjugate(bend, None, z, r, b, max_steps, tol, 1)
-        return _Found(z, _add(r, damping, z), steps, ok, steps + used)
+        return systems.Found(z, systems.add(r, damping, z), steps, ok, steps + used)
 
-    return _on_trees(solve, max_steps)
+    return systems.on_trees(solve, max_steps)
 
 
 def normal_cg(max_steps: int, tol: float = 0.0) -> LinearSolver:
@@ -130,14 +96,14 @@ def normal_cg(max_steps: int, tol: float = 0.0) -> LinearSolver:
 
         def bend(p):
             q = a(p)
-            return q, _dot(q, q)
+            return q, systems.dot(q, q)
 
         z, r, used = _origin(a, b, start)
         z, r, steps, ok = _conjugate(bend, back, z, r, back(b), max_steps, tol, 2)
         # From a start, two more: A^T b for the tolerance, A^T r for the direction.
-        return _Found(z, r, steps, ok, 2 * steps + 1 + 2 * used)
+        return systems.Found(z, r, steps, ok, 2 * steps + 1 + 2 * used)
 
-    return _on_trees(solve, 2 * max_steps + 1)
+    return systems.on_trees(solve, 2 * max_steps + 2)  # the start's second included
 
 
 def gmres(restart: int = 20, cycles: int = 1, tol: float = 0.0) -> LinearSolver:
@@ -236,15 +202,15 @@ def neumann(steps: int, step_size: float | jax.Array) -> LinearSolver:
 
         def add(_, carry):
             term, total = carry
-            return _add(term, -step_size, a(term)), _add(total, 1, term)
+            return systems.add(term, -step_size, a(term)), systems.add(total, 1, term)
 
         # The term after the last one is the residual: (I - alpha A)^(K+1) r.
-        gap, total = jax.lax.fori_loop(0, steps + 1, add, (r, _zeros(r)))
-        shrinks = _dot(gap, gap) <= _dot(r, r)
-        z = _add(z, step_size, total)
-        return _Found(z, gap, steps, shrinks, steps + 1 + used)
+        gap, total = jax.lax.fori_loop(0, steps + 1, add, (r, systems.zeros(r)))
+        shrinks = systems.dot(gap, gap) <= systems.dot(r, r)
+        z = systems.add(z, step_size, total)
+        return systems.Found(z, gap, steps, shrinks, steps + 1 + used)
 
-    return _on_trees(solve, steps + 1)
+    return systems.on_trees(solve, steps + 1)
 
 
 def dense() -> LinearSolver:
@@ -273,9 +239,9 @@ def dense() -> LinearSolver:
         ok = pivots.min() > b.size * jnp.finfo(b.dtype).eps * pivots.max()
         z = jnp.where(ok, z, 0)
         gap = b - jnp.dot(matrix, z, precision="highest")
-        return _Found(z, gap, 1, ok, b.size)
+        return systems.Found(z, gap, 1, ok, b.size)
 
-    return _on_trees(_on_vectors(solve), 0)
+    return systems.on_trees(systems.on_vectors(solve), 0)
 
 
 def scaled_identity(scale: float | jax.Array) -> LinearSolver:
@@ -284,39 +250,16 @@ def scaled_identity(scale: float | jax.Array) -> LinearSolver:
 
     def solve(a, b, start):
         del a, start
-        return _Found(_add(_zeros(b), scale, b), None, 0, True, 0)
+        return systems.Found(systems.add(systems.zeros(b), scale, b), None, 0, True, 0)
 
-    return _on_trees(solve, 0)
-
-
-def _dot(a: Tree, b: Tree) -> jax.Array:
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return sum((jnp.vdot(*p, precision="highest") for p in pairs), jnp.zeros((), "f"))
-
-
-def _add(v: Tree, scale: float | jax.Array, p: Tree) -> Tree:
-    """``v + scale * p``."""
-    return jax.tree.map(lambda a, b: a + trees.times(scale, b), v, p)
-
-
-def _zeros(v: Tree) -> Tree:
-    return jax.tree.map(jnp.zeros_like, v)
-
-
-def _where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)
-
-
-def _rounding(v: Tree) -> float:
-    """Relative rounding error of the shortest floats in a tree."""
-    return max((float(jnp.finfo(a.dtype).eps) for a in jax.tree.leaves(v)), default=0.0)
+    return systems.on_trees(solve, 0)
 
 
 def _origin(a, b, start):
     """Where to start, ``b - A z`` there, and what that cost."""
     if start is None:
-        return _zeros(b), b, 0
-    return start, _add(b, -1, a(start)), 1
+        return systems.zeros(b), b, 0
+    return start, systems.add(b, -1, a(start)), 1
 
 
 def _conjugate(bend, back, z, r, target, max_steps, tol, power):
@@ -335,8 +278,8 @@ def _conjugate(bend, back, z, r, target, max_steps, tol, power):
     Returns:
         z, r, steps and whether all curvatures were positive.
     """
-    rounding = _rounding(r)
-    enough = jnp.maximum(tol, rounding) ** 2 * _dot(target, target)
+    rounding = systems.rounding(r)
+    enough = jnp.maximum(tol, rounding) ** 2 * systems.dot(target, target)
 
     def go_on(carry):
         *_, ss, _, _, steps, ok = carry
@@ -349,17 +292,17 @@ def _conjugate(bend, back, z, r, target, max_steps, tol, power):
         ok = (curvature > rounding**power * most * pp) & (curvature < jnp.inf)
         most = jnp.maximum(most, curvature / pp)
         alpha = ss / curvature
-        z = _where(ok, _add(z, alpha, p), z)
-        r = _where(ok, _add(r, -alpha, q), r)
+        z = systems.where(ok, systems.add(z, alpha, p), z)
+        r = systems.where(ok, systems.add(r, -alpha, q), r)
         s = r if back is None else back(r)
-        ss_next = _dot(s, s)
+        ss_next = systems.dot(s, s)
         beta = ss_next / ss
         # s and p are orthogonal, so |s + beta p|^2 needs no further product.
         pp = ss_next + beta**2 * pp
-        return z, r, _add(s, beta, p), ss_next, pp, most, steps + 1, ok
+        return z, r, systems.add(s, beta, p), ss_next, pp, most, steps + 1, ok
 
     s = r if back is None else back(r)
-    ss = _dot(s, s)
+    ss = systems.dot(s, s)
     none = jnp.zeros((), jnp.int32)
     carry = (z, r, s, ss, ss, jnp.zeros_like(ss), none, jnp.isfinite(ss))
     z, r, _, _, _, _, steps, ok = jax.lax.while_loop(go_on, step, carry)
@@ -374,76 +317,7 @@ def _wrapped(run, steps, products, tol):
         least = jnp.maximum(tol, jnp.finfo(b.dtype).eps)
         z = run(a, b, start, least)
         gap = b - a(z)
-        return _Found(z, gap, steps, _dot(gap, gap) <= _dot(b, b), products + 1)
+        better = systems.dot(gap, gap) <= systems.dot(b, b)
+        return systems.Found(z, gap, steps, better, products + 1)
 
-    return _on_trees(_on_vectors(solve), products + 1)
-
-
-def _on_vectors(solve_flat):
-    """Let a solver that wants vectors take trees."""
-
-    def solve(a, b, start):
-        def flat_a(v):
-            return trees.ravel(a(trees.unravel(v, b))).astype(v.dtype)
-
-        start = None if start is None else trees.ravel(start)
-        found = solve_flat(flat_a, trees.ravel(b), start)
-        z, gap = (trees.unravel(v, b) for v in (found.z, found.gap))
-        return found._replace(z=z, gap=gap)
-
-    return solve
-
-
-def _on_trees(solve_scaled, products: int) -> LinearSolver:
-    """A solver from its inside, which sees a b near one in at least float32.
-
-    Trees are not made one vector, although that is fewer operations: a matrix that is
-    cut out of a vector takes twice as long to multiply with on CPU.
-    """
-
-    def solve(matvec, b, start=None):
-        long = trees.wide(b)
-        # Squares of small or large numbers leave the range of floats.
-        most = jnp.zeros((), "f")
-        for leaf in jax.tree.leaves(long):
-            most = jnp.maximum(most, jnp.abs(leaf).max(initial=0))
-        scale = jnp.where(most > 0, most, 1)
-
-        def shrink(v):
-            return jax.tree.map(lambda a: a / scale.astype(a.dtype), v)
-
-        def a(v):
-            return trees.cast(matvec(trees.cast(v, b)), v)
-
-        if start is not None:
-            start = shrink(trees.cast(start, long))
-            start = _where(most > 0, start, _zeros(start))
-        near_one = shrink(long)
-        found = solve_scaled(a, near_one, start)
-        z, finite = finite_or_zero(
-            jax.tree.map(lambda a: trees.times(scale, a), found.z)
-        )
-        residual = None
-        if found.gap is not None:  # at zero it is one
-            residual = jnp.where(finite, relative(found.gap, near_one), 1)
-        return Solution(
-            trees.cast(z, b),
-            residual,
-            jnp.asarray(found.steps, jnp.int32),
-            jnp.asarray(found.ok) & finite & jnp.isfinite(most),
-            jnp.asarray(found.products, jnp.int32),
-        )
-
-    return LinearSolver(solve, products)
-
-
-def relative(gap: Tree, b: Tree) -> jax.Array:
-    """``|gap| / |b|``, zero for b = 0."""
-    size = trees.norm(b)
-    return jnp.where(size > 0, trees.norm(gap) / jnp.where(size > 0, size, 1), 0)
-
-
-def finite_or_zero(tree: Tree) -> tuple[Tree, jax.Array]:
-    """A tree, or zeros if one of its entries is not finite; and whether all were."""
-    finite = all_finite(tree)
-    return jax.tree.map(lambda a: jnp.where(finite, a, 0), tree), finite
+    return systems.on_trees(systems.on_vectors(solve), products + 1)
