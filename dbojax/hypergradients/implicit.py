@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dbojax import trees
 from dbojax.base import Calls, Hypergradient, Problem, Tree
-from dbojax.hypergradients import linear
+from dbojax.hypergradients import linear, systems
 from dbojax.hypergradients.common import (
     check_positive,
     cost,
@@ -24,7 +24,7 @@ from dbojax.hypergradients.inner import (
     solver,
     upper_batch,
 )
-from dbojax.hypergradients.linear import LinearSolver
+from dbojax.hypergradients.systems import LinearSolver
 
 
 def implicit(
@@ -298,7 +298,7 @@ def soba(
         cross, product = pull(z)
         gap = jax.tree.map(jnp.subtract, f_y, product)
         moved = jax.tree.map(lambda z, r: z + trees.times(step_size, r), z, gap)
-        moved, fine = linear.finite_or_zero(moved)
+        moved, fine = systems.finite_or_zero(moved)
         hypergrad, y, info = finish(
             jax.tree.map(jnp.subtract, f_x, cross),
             y,
@@ -306,7 +306,7 @@ def soba(
             value,
             cost(calls),
             fine,
-            linear.relative(gap, f_y),
+            systems.relative(gap, f_y),
         )
         return hypergrad, y, moved, info
 
