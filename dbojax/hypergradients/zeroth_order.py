@@ -110,8 +110,17 @@ def zeroth_order(
     def variance(law, swept):
         return sample_variance(law, swept.coefficients, swept.squares)
 
+    check_positive(step, "step", "zeroth_order")
     return _differences(
-        problem, inner, directions, step, difference, law, chunk, variance
+        problem,
+        inner,
+        directions,
+        step,
+        difference,
+        law,
+        chunk,
+        variance,
+        "zeroth_order",
     )
 
 
@@ -146,9 +155,9 @@ def es(
     References:
         Salimans et al. (2017), arXiv:1703.03864, Algorithm 1.
     """
-    return _differences(
-        problem, inner, directions, sigma, _no_baseline, gaussian, chunk, _scatter
-    )
+    check_positive(sigma, "sigma", "es")
+    parts = problem, inner, directions, sigma, _no_baseline, gaussian, chunk, _scatter
+    return _differences("es", *parts)
 
 
 def antithetic_es(
@@ -179,8 +188,17 @@ def antithetic_es(
     References:
         Salimans et al. (2017), arXiv:1703.03864, Section 2.1, mirrored sampling.
     """
+    check_positive(sigma, "sigma", "antithetic_es")
     return _differences(
-        problem, inner, directions, sigma, central, gaussian, chunk, _scatter
+        problem,
+        inner,
+        directions,
+        sigma,
+        central,
+        gaussian,
+        chunk,
+        _scatter,
+        "antithetic_es",
     )
 
 
@@ -208,15 +226,22 @@ def _scatter(law: Law, swept: Swept) -> jax.Array:
 
 
 def _differences(
-    problem, inner, directions, step, difference, law, chunk, variance: Variance
+    problem,
+    inner,
+    directions,
+    step,
+    difference,
+    law,
+    chunk,
+    variance: Variance,
+    name: str,
 ) -> Hypergradient:
     trees.check_type(problem, Problem, "problem", "dbo.Problem(upper=f, lower=g)")
     trees.check_type(law, Law, "law", "dbo.hypergradients.directions.rademacher")
     trees.check_type(difference, Difference, "difference", "one_sided")
-    for value, name in ((directions, "directions"), (chunk, "chunk")):
-        check_count(value, name, "zeroth_order")
-    check_directions(directions, chunk, 1, "zeroth_order")
-    check_positive(step, "step", "zeroth_order")
+    check_count(directions, "directions", name)
+    check_count(chunk, "chunk", name)
+    check_directions(directions, chunk, 1, name)
     h = objective(problem, inner)
     calls = solve_calls(inner) * (1 + difference.solves * directions)
 
