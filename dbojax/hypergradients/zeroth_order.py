@@ -111,17 +111,8 @@ def zeroth_order(
         return sample_variance(law, swept.coefficients, swept.squares)
 
     check_positive(step, "step", "zeroth_order")
-    return _differences(
-        problem,
-        inner,
-        directions,
-        step,
-        difference,
-        law,
-        chunk,
-        variance,
-        "zeroth_order",
-    )
+    parts = problem, inner, directions, step, difference, law, chunk, variance
+    return _differences("zeroth_order", *parts)
 
 
 def es(
@@ -189,17 +180,8 @@ def antithetic_es(
         Salimans et al. (2017), arXiv:1703.03864, Section 2.1, mirrored sampling.
     """
     check_positive(sigma, "sigma", "antithetic_es")
-    return _differences(
-        problem,
-        inner,
-        directions,
-        sigma,
-        central,
-        gaussian,
-        chunk,
-        _scatter,
-        "antithetic_es",
-    )
+    parts = problem, inner, directions, sigma, central, gaussian, chunk, _scatter
+    return _differences("antithetic_es", *parts)
 
 
 def check_positive(value, name: str, factory: str) -> None:
@@ -226,15 +208,15 @@ def _scatter(law: Law, swept: Swept) -> jax.Array:
 
 
 def _differences(
-    problem,
-    inner,
-    directions,
-    step,
-    difference,
-    law,
-    chunk,
-    variance: Variance,
     name: str,
+    problem: Problem,
+    inner: Inner | Solver,
+    directions: int,
+    step: float,
+    difference: Difference,
+    law: Law,
+    chunk: int,
+    variance: Variance,
 ) -> Hypergradient:
     trees.check_type(problem, Problem, "problem", "dbo.Problem(upper=f, lower=g)")
     trees.check_type(law, Law, "law", "dbo.hypergradients.directions.rademacher")
