@@ -99,13 +99,16 @@ def test_squared_error_of_many_directions():
 
 @each_law
 def test_a_direction_does_not_know_its_neighbours(name, key):
-    draw = LAWS[name][0].draw(key, N, 6, jnp.float64)
-    whole = draw(jnp.arange(6))
+    @jax.jit
+    def drawn(key, indices):
+        return LAWS[name][0].draw(key, N, 6, jnp.float64)(indices)
+
+    whole = np.asarray(drawn(key, jnp.arange(6)))
     assert whole.shape == (6, N)
-    shuffled = jnp.array([4, 1, 1, 5])
-    np.testing.assert_allclose(jax.jit(draw)(shuffled), whole[shuffled], rtol=1e-14)
-    other = LAWS[name][0].draw(jax.random.key(99), N, 6, jnp.float64)
-    assert float(jnp.abs(other(jnp.arange(6)) - whole).max()) > 0
+    shuffled = np.array([4, 1, 1, 5])
+    np.testing.assert_allclose(drawn(key, shuffled), whole[shuffled], rtol=1e-14)
+    other = np.asarray(drawn(jax.random.key(99), jnp.arange(6)))
+    assert np.abs(other - whole).max() > 0
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 100])
@@ -141,11 +144,15 @@ def test_as_many_orthogonal_directions_as_entries_leave_no_error(key):
 
 
 @each_law
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 def test_short_floats_stay_finite(name, dtype, key):
-    v = LAWS[name][0].draw(key, 70_000 if name == "sphere" else 64, 4, dtype)(
-        jnp.arange(4)
-    )
+    size = 70_000 if name == "sphere" else 64
+
+    @jax.jit
+    def drawn(key):
+        return LAWS[name][0].draw(key, size, 4, dtype)(jnp.arange(4))
+
+    v = drawn(key)
     assert v.dtype == dtype
     squares = np.mean(np.asarray(v, np.float64) ** 2, axis=1)
     assert np.isfinite(squares).all()

@@ -237,7 +237,7 @@ def fixed_guide(u):
     return dbo.Hypergradient(lambda x, y: jnp.zeros((), jnp.int32), tell)
 
 
-@pytest.mark.parametrize("cosine", [0.0, 0.48, 1.0])
+@pytest.mark.parametrize("cosine", [0.48, 1.0])
 def test_a_guide_takes_its_part_out_of_the_error(cosine, key):
     n, b = 40, 5
     g = jnp.zeros(n).at[0].set(3.0)
@@ -419,11 +419,9 @@ def test_all_estimators_see_the_same_inner_randomness(key, batch):
 
 
 MAKERS = {
-    "forward_gradient": lambda p, i: forward_gradient(p, i, 4, 2),
     "guided": lambda p, i: forward_gradient(p, i, 4, 2, guide=truncated(p, i, 1)),
     "online": lambda p, i: online_forward_gradient(p, i, 3, 4, 2),
     "zeroth_order": lambda p, i: zeroth_order(p, i, 4, chunk=2),
-    "es": lambda p, i: dbo.hypergradients.es(p, i, 4, chunk=2),
     "pes": lambda p, i: dbo.hypergradients.pes(p, i, 3, 4, chunk=2),
 }
 each_maker = pytest.mark.parametrize("name", MAKERS)
