@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dbojax.tasks import data as data
+from dbojax.tasks import pde as pde
 from dbojax.tasks import readers as readers
 from dbojax.tasks import samplers as samplers
 from dbojax.tasks import spectral as spectral
