@@ -210,6 +210,29 @@ def test_errors_vanish_at_the_truth_alone(task):
     assert float(off["eps_u"]) == pytest.approx(1)
 
 
+def test_the_black_box_and_both_modes_agree_on_the_hypergradient(task):
+    grads = dbo.hypergradients
+    black_box = grads.zeroth_order(
+        task.problem, task.solver, 1, 1e-6, grads.central, chunk=1
+    )
+    exact = grads.forward(task.problem, task.solver)
+
+    def misfit(x):
+        return task.problem.upper(x, task.solver(None, x, None, None), task.batch)
+
+    @jax.jit
+    def slopes(x):
+        around = [
+            hyper.estimate(jax.random.key(0), x, task.y0, (), task.batch)[0]
+            for hyper in (black_box, exact)
+        ]
+        return *around, jax.grad(misfit)(x)
+
+    quotient, forward, reverse = slopes(task.x0)
+    assert float(reverse) == pytest.approx(float(forward), rel=1e-9)
+    assert float(quotient) == pytest.approx(float(forward), rel=1e-5)
+
+
 def test_forward_mode_descends_to_the_true_coefficient(task):
     hyper = dbo.hypergradients.forward(task.problem, task.solver)
     optimizer = optax.adam(optax.linear_schedule(2e-4, 0.0, 60))
