@@ -43,6 +43,7 @@ class ForwardGradient(NamedTuple):
     # (key, x, y, batch) -> (w, y, value), with w of shape (directions,)
     coefficients: Callable[..., tuple[jax.Array, Tree, jax.Array]]
     combine: Callable[[jax.Array, Tree, jax.Array], Tree]  # (key, x, w) -> gradient
+    directions: int
     calls: Calls = Calls()  # of the coefficients
 
 
@@ -222,7 +223,9 @@ def forward_scalars(
             combine(w, x, _drawn(law, directions, key, x), chunk).total / directions, x
         )
 
-    return ForwardGradient(coefficients, mean, _calls(inner, directions, chunk))
+    return ForwardGradient(
+        coefficients, mean, directions, _calls(inner, directions, chunk)
+    )
 
 
 def _check_parts(problem, directions, chunk, law, name):

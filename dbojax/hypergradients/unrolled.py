@@ -209,9 +209,7 @@ def forward(problem: Problem, inner: Inner | Solver, chunk: int = 8) -> Hypergra
         flat = trees.ravel(x)
 
         def basis(entries):  # numbers beyond the last entry give zeros
-            return (entries[:, None] == jnp.arange(flat.size)[None, :]).astype(
-                flat.dtype
-            )
+            return (entries[:, None] == jnp.arange(flat.size)[None]).astype(flat.dtype)
 
         width = min(chunk, flat.size)
         count = -(-flat.size // width) * width
