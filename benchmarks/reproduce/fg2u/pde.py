@@ -12,7 +12,7 @@ taken as a black box, beside what is cheaper where the solver can be derived.
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(path) for path in Path(__file__).resolve().parents[1:3]]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `environment`
 
 from environment import ensure
 
@@ -26,11 +26,15 @@ import jax
 
 jax.config.update("jax_enable_x64", True)
 
+import matplotlib
+
+matplotlib.use("Agg")
+
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from cdadam_common import header, table, write_csv
+from report import header, table, write_csv
 
 import dbojax as dbo
 
@@ -217,7 +221,7 @@ def main():
         found, paths[name], grid = report(name, CASES[name], options)
         rows += found
         grids.append(f"- {grid}.")
-        print(*table(found), "", sep="\n", flush=True)
+        print(*table(found, left=2), "", sep="\n", flush=True)
     write_csv(options.out / "pde.csv", rows)
     draw(paths, options.out / "pde.png")
     lines = [
@@ -234,7 +238,7 @@ def main():
         "",
         *grids,
         "",
-        *table(rows),
+        *table(rows, left=2),
         "",
         f"All of it took {time.perf_counter() - begin:.0f} s.",
         "",
