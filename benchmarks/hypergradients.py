@@ -97,7 +97,10 @@ def hand_truncated(x, y, batch, steps):
 
 
 def hand_forward(x, y, batch, steps):
-    signs = jax.random.rademacher(jax.random.key(0), (DIRECTIONS, *x.shape), x.dtype)
+    law = h.directions.rademacher.draw(
+        h.directions.direction_key(jax.random.key(0)), x.size, DIRECTIONS, x.dtype
+    )
+    signs = law(jnp.arange(DIRECTIONS)).reshape(DIRECTIONS, *x.shape)
 
     def end(x):
         solution = descend(x, y, batch, steps)

@@ -21,10 +21,6 @@ SCALAR = dbo.Problem(
 )
 SCALAR_EXPECTED = {
     "cg": (hg.cg(SCALAR), 0.75),
-    "normal_cg": (hg.normal_cg(SCALAR), 0.75),
-    "gmres": (hg.gmres(SCALAR), 0.75),
-    "bicgstab": (hg.bicgstab(SCALAR), 0.75),
-    "dense": (hg.dense(SCALAR), 0.75),
     "hessian_free": (hg.hessian_free(SCALAR), 0.75),
     "neumann 0": (hg.neumann(SCALAR, 0, 0.5), 0.375),
     "neumann 1": (hg.neumann(SCALAR, 1, 0.5), 0.5625),
@@ -122,7 +118,7 @@ def test_closed_form_hypergradient_of_the_quadratic(name):
         assert spent <= most
 
 
-@pytest.mark.parametrize("last", [1, 2, 4])
+@pytest.mark.parametrize("last", [1, 3])
 def test_truncated_unrolling_is_the_neumann_series_on_quadratics(last):
     problem, x, y, _, _ = one_node()
     inner = hg.descent(problem, optax.sgd(step_size()), 4)
@@ -219,8 +215,6 @@ CURVATURES = {
 FLAGS = {  # which of the three each estimator flags
     "cg": (hg.cg(BENT), (True, True, True)),
     "normal_cg": (hg.normal_cg(BENT), (False, False, True)),
-    "gmres": (hg.gmres(BENT), (False, None, True)),
-    "bicgstab": (hg.bicgstab(BENT), (False, None, True)),
     "neumann": (hg.neumann(BENT, 200, 0.5), (True, False, True)),
     "dense": (hg.dense(BENT), (False, True, True)),
     "soba": (hg.soba(BENT, 0.5), (False, False, True)),
@@ -242,7 +236,7 @@ def test_bad_problems_are_flagged_and_a_zero_gradient_gives_zero(name):
     assert jnp.isfinite(g).all()
     assert jnp.isfinite(y_new).all()
     for i, flagged in enumerate(flags):
-        assert flagged is None or bool(info.ok[i]) is not flagged
+        assert bool(info.ok[i]) is not flagged
     # Nobody calls a singular system solved.
     assert info.residual[1] > 0.1
     assert g[3] == 0

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dbojax import trees
 from dbojax.base import Tree
 from dbojax.hypergradients import linear
-from dbojax.hypergradients.linear import LinearSolver
+from dbojax.hypergradients.systems import LinearSolver
 
 # (x, y, *args) -> tree like y, zero where y solves.
 Optimality = Callable[..., Tree]

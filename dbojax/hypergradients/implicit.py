@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dbojax import trees
 from dbojax.base import Calls, Hypergradient, Problem, Tree
-from dbojax.hypergradients import linear
+from dbojax.hypergradients import linear, systems
 from dbojax.hypergradients.common import (
     check_positive,
     cost,
@@ -24,7 +24,7 @@ from dbojax.hypergradients.inner import (
     solver,
     upper_batch,
 )
-from dbojax.hypergradients.linear import LinearSolver
+from dbojax.hypergradients.systems import LinearSolver
 
 
 def implicit(
@@ -38,9 +38,8 @@ def implicit(
     .. math::
         \nabla^2_{yy} g\, z = \nabla_y f, \qquad \nabla_x f - \nabla^2_{xy} g\, z
 
-    It is exact where y minimises g and z solves the system. The Hessian is linearised
-    once, so that a product costs about one gradient; memory does not grow with the
-    steps of the inner solver.
+    It is exact where y minimises g and z solves the system. A product with the Hessian
+    costs about one gradient; memory does not grow with the steps of the inner solver.
 
     Args:
         problem: objectives of one node.
@@ -83,7 +82,10 @@ def implicit(
             trees.check_like(state, y, "state", "y")
         value, (f_x, f_y) = _upper(problem, x, y, batch)
         samples = lower_batch(batch)
-        _, product = jax.linearize(lambda y: _lower_y(problem, x, y, samples), y)
+
+        def product(v):  # the compiler takes what does not depend on v out of the loop
+            return jax.jvp(lambda y: _lower_y(problem, x, y, samples), (y,), (v,))[1]
+
         solution = solve.solve(product, f_y, state if warm_start else None)
         _, cross = jax.vjp(lambda x: _lower_y(problem, x, y, samples), x)
         hypergrad = jax.tree.map(jnp.subtract, f_x, *cross(solution.z))
@@ -296,7 +298,7 @@ def soba(
         cross, product = pull(z)
         gap = jax.tree.map(jnp.subtract, f_y, product)
         moved = jax.tree.map(lambda z, r: z + trees.times(step_size, r), z, gap)
-        moved, fine = linear.finite_or_zero(moved)
+        moved, fine = systems.finite_or_zero(moved)
         hypergrad, y, info = finish(
             jax.tree.map(jnp.subtract, f_x, cross),
             y,
@@ -304,7 +306,7 @@ def soba(
             value,
             cost(calls),
             fine,
-            linear.relative(gap, f_y),
+            systems.relative(gap, f_y),
         )
         return hypergrad, y, moved, info
 

@@ -2,48 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from dbojax import trees
-from dbojax.base import Tree
-from dbojax.hypergradients.common import all_finite, check_positive
+from dbojax.hypergradients import systems
+from dbojax.hypergradients.common import check_positive
 from dbojax.hypergradients.inner import check_count
-
-Matvec = Callable[[Tree], Tree]  # v -> A v, linear, like b
-
-
-class Solution(NamedTuple):
-    """Where a linear solver ended, and what it knows of the place."""
-
-    z: Tree  # like b; finite whatever happened, exactly zero for b = 0
-    residual: jax.Array | None  # |A z - b| / |b|, 0 for b = 0; None: it would cost
-    steps: jax.Array  # int32
-    ok: jax.Array  # whether the solver broke down nowhere; few steps are no breakdown
-    products: jax.Array  # int32, with A and with its transpose
-
-
-class LinearSolver(NamedTuple):
-    """A way to solve ``A z = b``, its settings included."""
-
-    # (matvec, b, start=None) -> Solution; b and start are trees of one structure
-    solve: Callable[..., Solution]
-    # Products of a solve from zero at most, a start costs one more; 0: not known
-    # before b is.
-    products: int = 0
-
-
-class _Flat(NamedTuple):
-    """What a solver on vectors hands back."""
-
-    z: jax.Array
-    gap: jax.Array | None  # b - A z
-    steps: int | jax.Array
-    ok: bool | jax.Array
-    products: int | jax.Array
+from dbojax.hypergradients.systems import LinearSolver as LinearSolver
+from dbojax.hypergradients.systems import Solution as Solution
 
 
 def cg(max_steps: int, tol: float = 0.0, damping: float = 0.0) -> LinearSolver:
@@ -81,16 +47,20 @@ def cg(max_steps: int, tol: float = 0.0, damping: float = 0.0) -> LinearSolver:
     check_positive(tol, "tol", "cg", zero=True)
     check_positive(damping, "damping", "cg", zero=True)
 
+    def damped(a):  # adding nothing would still cost a pass through memory
+        plain = isinstance(damping, int | float) and damping == 0
+        return a if plain else lambda v: systems.add(a(v), damping, v)
+
     def solve(a, b, start):
         def bend(p):
-            q = a(p) + damping * p
-            return q, _dot(p, q)
+            q = damped(a)(p)
+            return q, systems.dot(p, q)
 
-        z, r, used = _origin(lambda v: bend(v)[0], b, start)
+        z, r, used = _origin(damped(a), b, start)
         z, r, steps, ok = _conjugate(bend, None, z, r, b, max_steps, tol, 1)
-        return _Flat(z, r + damping * z, steps, ok, steps + used)
+        return systems.Found(z, systems.add(r, damping, z), steps, ok, steps + used)
 
-    return _on_trees(solve, max_steps)
+    return systems.on_trees(solve, max_steps)
 
 
 def normal_cg(max_steps: int, tol: float = 0.0) -> LinearSolver:
@@ -130,14 +100,14 @@ def normal_cg(max_steps: int, tol: float = 0.0) -> LinearSolver:
 
         def bend(p):
             q = a(p)
-            return q, _dot(q, q)
+            return q, systems.dot(q, q)
 
         z, r, used = _origin(a, b, start)
         z, r, steps, ok = _conjugate(bend, back, z, r, back(b), max_steps, tol, 2)
         # From a start, two more: A^T b for the tolerance, A^T r for the direction.
-        return _Flat(z, r, steps, ok, 2 * steps + 1 + 2 * used)
+        return systems.Found(z, r, steps, ok, 2 * steps + 1 + 2 * used)
 
-    return _on_trees(solve, 2 * max_steps + 1)
+    return systems.on_trees(solve, 2 * max_steps + 2)  # the start's second included
 
 
 def gmres(restart: int = 20, cycles: int = 1, tol: float = 0.0) -> LinearSolver:
@@ -208,7 +178,7 @@ def neumann(steps: int, step_size: float | jax.Array) -> LinearSolver:
     .. math:: z = \alpha \sum_{k=0}^K (I - \alpha A)^k b
 
     Converges for :math:`0 < \alpha < 2 / \|A\|` and a positive definite ``A``. If the
-    last term is larger than b, the series diverges and ``ok`` is false.
+    residual is larger than that of zero, the series diverges and ``ok`` is false.
 
     Args:
         steps: K, products in the sum; one more tells the residual.
@@ -233,19 +203,18 @@ def neumann(steps: int, step_size: float | jax.Array) -> LinearSolver:
 
     def solve(a, b, start):
         z, r, used = _origin(a, b, start)
-        alpha = jnp.asarray(step_size, b.dtype)
 
         def add(_, carry):
             term, total = carry
-            term = term - alpha * a(term)
-            return term, total + term
+            return systems.add(term, -step_size, a(term)), systems.add(total, 1, term)
 
-        last, total = jax.lax.fori_loop(0, steps, add, (r, r))
-        converges = _dot(last, last) <= _dot(r, r)
-        gap = last - alpha * a(last)
-        return _Flat(z + alpha * total, gap, steps, converges, steps + 1 + used)
+        # The term after the last one is the residual: (I - alpha A)^(K+1) r.
+        gap, total = jax.lax.fori_loop(0, steps + 1, add, (r, systems.zeros(r)))
+        shrinks = systems.dot(gap, gap) <= systems.dot(r, r)
+        z = systems.add(z, step_size, total)
+        return systems.Found(z, gap, steps, shrinks, steps + 1 + used)
 
-    return _on_trees(solve, steps + 1)
+    return systems.on_trees(solve, steps + 1)
 
 
 def dense() -> LinearSolver:
@@ -274,9 +243,9 @@ def dense() -> LinearSolver:
         ok = pivots.min() > b.size * jnp.finfo(b.dtype).eps * pivots.max()
         z = jnp.where(ok, z, 0)
         gap = b - jnp.dot(matrix, z, precision="highest")
-        return _Flat(z, gap, 1, ok, b.size)
+        return systems.Found(z, gap, 1, ok, b.size)
 
-    return _on_trees(solve, 0)
+    return systems.on_trees(systems.on_vectors(solve), 0)
 
 
 def scaled_identity(scale: float | jax.Array) -> LinearSolver:
@@ -285,18 +254,16 @@ def scaled_identity(scale: float | jax.Array) -> LinearSolver:
 
     def solve(a, b, start):
         del a, start
-        return _Flat(jnp.asarray(scale, b.dtype) * b, None, 0, True, 0)
+        return systems.Found(systems.add(systems.zeros(b), scale, b), None, 0, True, 0)
 
-    return _on_trees(solve, 0)
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.vdot(a, b, precision="highest")
+    return systems.on_trees(solve, 0)
 
 
 def _origin(a, b, start):
     """Where to start, ``b - A z`` there, and what that cost."""
-    return (jnp.zeros_like(b), b, 0) if start is None else (start, b - a(start), 1)
+    if start is None:
+        return systems.zeros(b), b, 0
+    return start, systems.add(b, -1, a(start)), 1
 
 
 def _conjugate(bend, back, z, r, target, max_steps, tol, power):
@@ -315,8 +282,8 @@ def _conjugate(bend, back, z, r, target, max_steps, tol, power):
     Returns:
         z, r, steps and whether all curvatures were positive.
     """
-    rounding = jnp.finfo(r.dtype).eps
-    enough = jnp.maximum(tol, rounding) ** 2 * _dot(target, target)
+    rounding = systems.rounding(r)
+    enough = jnp.maximum(tol, rounding) ** 2 * systems.dot(target, target)
 
     def go_on(carry):
         *_, ss, _, _, steps, ok = carry
@@ -329,17 +296,17 @@ def _conjugate(bend, back, z, r, target, max_steps, tol, power):
         ok = (curvature > rounding**power * most * pp) & (curvature < jnp.inf)
         most = jnp.maximum(most, curvature / pp)
         alpha = ss / curvature
-        z = jnp.where(ok, z + alpha * p, z)
-        r = jnp.where(ok, r - alpha * q, r)
+        z = systems.where(ok, systems.add(z, alpha, p), z)
+        r = systems.where(ok, systems.add(r, -alpha, q), r)
         s = r if back is None else back(r)
-        ss_next = _dot(s, s)
+        ss_next = systems.dot(s, s)
         beta = ss_next / ss
         # s and p are orthogonal, so |s + beta p|^2 needs no further product.
         pp = ss_next + beta**2 * pp
-        return z, r, s + beta * p, ss_next, pp, most, steps + 1, ok
+        return z, r, systems.add(s, beta, p), ss_next, pp, most, steps + 1, ok
 
     s = r if back is None else back(r)
-    ss = _dot(s, s)
+    ss = systems.dot(s, s)
     none = jnp.zeros((), jnp.int32)
     carry = (z, r, s, ss, ss, jnp.zeros_like(ss), none, jnp.isfinite(ss))
     z, r, _, _, _, _, steps, ok = jax.lax.while_loop(go_on, step, carry)
@@ -354,51 +321,7 @@ def _wrapped(run, steps, products, tol):
         least = jnp.maximum(tol, jnp.finfo(b.dtype).eps)
         z = run(a, b, start, least)
         gap = b - a(z)
-        return _Flat(z, gap, steps, _dot(gap, gap) <= _dot(b, b), products + 1)
+        better = systems.dot(gap, gap) <= systems.dot(b, b)
+        return systems.Found(z, gap, steps, better, products + 1)
 
-    return _on_trees(solve, products + 1)
-
-
-def _on_trees(solve_flat, products: int) -> LinearSolver:
-    """Lift a solver on vectors ``(matvec, b, start) -> _Flat`` to trees."""
-
-    def solve(matvec, b, start=None):
-        flat = trees.ravel(b)
-        flat = flat.astype(jnp.promote_types(flat.dtype, jnp.float32))
-        # Squares of small or large numbers leave the range of floats; a power of two
-        # brings b near one and rounds nothing.
-        _, exponent = jnp.frexp(jnp.abs(flat).max(initial=0))
-        near_one = jnp.ldexp(flat, -exponent)
-        if start is not None:
-            start = trees.ravel(start).astype(flat.dtype)
-            start = jnp.where((flat != 0).any(), jnp.ldexp(start, -exponent), 0)
-
-        def a(v):
-            return trees.ravel(matvec(trees.unravel(v, b))).astype(v.dtype)
-
-        found = solve_flat(a, near_one, start)
-        z, finite = finite_or_zero(jnp.ldexp(found.z, exponent))
-        residual = None
-        if found.gap is not None:  # at zero it is one
-            residual = jnp.where(finite, relative(found.gap, near_one), 1)
-        return Solution(
-            trees.unravel(z, b),
-            residual,
-            jnp.asarray(found.steps, jnp.int32),
-            jnp.asarray(found.ok) & finite & all_finite(flat),
-            jnp.asarray(found.products, jnp.int32),
-        )
-
-    return LinearSolver(solve, products)
-
-
-def relative(gap: Tree, b: Tree) -> jax.Array:
-    """``|gap| / |b|``, zero for b = 0."""
-    size = trees.norm(b)
-    return jnp.where(size > 0, trees.norm(gap) / jnp.where(size > 0, size, 1), 0)
-
-
-def finite_or_zero(tree: Tree) -> tuple[Tree, jax.Array]:
-    """A tree, or zeros if one of its entries is not finite; and whether all were."""
-    finite = all_finite(tree)
-    return jax.tree.map(lambda a: jnp.where(finite, a, 0), tree), finite
+    return systems.on_trees(systems.on_vectors(solve), products + 1)

@@ -16,7 +16,7 @@ from dbojax.hypergradients.inner import check_count
 class TwoPhaseState(NamedTuple):
     """State of :func:`two_phase`."""
 
-    count: jax.Array  # estimates so far, at most the length of the first phase; int32
+    done: jax.Array  # estimates so far, at most the length of the first phase; int32
     first: State
     second: State
 
@@ -81,9 +81,9 @@ def two_phase(first: Hypergradient, steps: int, second: Hypergradient) -> Hyperg
 
         infos = [jax.eval_shape(phase, state)[-1] for phase in (early, late)]
         phases = [_reporting(phase, infos) for phase in (early, late)]
-        hypergrad, y, state, info = jax.lax.cond(state.count < steps, *phases, state)
-        count = jnp.minimum(state.count + 1, steps)  # never overflows
-        return hypergrad, y, state._replace(count=count), info
+        hypergrad, y, state, info = jax.lax.cond(state.done < steps, *phases, state)
+        done = jnp.minimum(state.done + 1, steps)  # never overflows
+        return hypergrad, y, state._replace(done=done), info
 
     counts = (dataclasses.astuple(part.calls) for part in (first, second))
     return Hypergradient(init, estimate, Calls(*map(max, *counts)))

@@ -110,9 +110,9 @@ def zeroth_order(
     def variance(law, swept):
         return sample_variance(law, swept.coefficients, swept.squares)
 
-    return _differences(
-        problem, inner, directions, step, difference, law, chunk, variance
-    )
+    check_positive(step, "step", "zeroth_order")
+    parts = problem, inner, directions, step, difference, law, chunk, variance
+    return _differences("zeroth_order", *parts)
 
 
 def es(
@@ -146,9 +146,9 @@ def es(
     References:
         Salimans et al. (2017), arXiv:1703.03864, Algorithm 1.
     """
-    return _differences(
-        problem, inner, directions, sigma, _no_baseline, gaussian, chunk, _scatter
-    )
+    check_positive(sigma, "sigma", "es")
+    parts = problem, inner, directions, sigma, _no_baseline, gaussian, chunk, _scatter
+    return _differences("es", *parts)
 
 
 def antithetic_es(
@@ -179,9 +179,9 @@ def antithetic_es(
     References:
         Salimans et al. (2017), arXiv:1703.03864, Section 2.1, mirrored sampling.
     """
-    return _differences(
-        problem, inner, directions, sigma, central, gaussian, chunk, _scatter
-    )
+    check_positive(sigma, "sigma", "antithetic_es")
+    parts = problem, inner, directions, sigma, central, gaussian, chunk, _scatter
+    return _differences("antithetic_es", *parts)
 
 
 def check_positive(value, name: str, factory: str) -> None:
@@ -208,15 +208,22 @@ def _scatter(law: Law, swept: Swept) -> jax.Array:
 
 
 def _differences(
-    problem, inner, directions, step, difference, law, chunk, variance: Variance
+    name: str,
+    problem: Problem,
+    inner: Inner | Solver,
+    directions: int,
+    step: float,
+    difference: Difference,
+    law: Law,
+    chunk: int,
+    variance: Variance,
 ) -> Hypergradient:
     trees.check_type(problem, Problem, "problem", "dbo.Problem(upper=f, lower=g)")
     trees.check_type(law, Law, "law", "dbo.hypergradients.directions.rademacher")
     trees.check_type(difference, Difference, "difference", "one_sided")
-    for value, name in ((directions, "directions"), (chunk, "chunk")):
-        check_count(value, name, "zeroth_order")
-    check_directions(directions, chunk, 1, "zeroth_order")
-    check_positive(step, "step", "zeroth_order")
+    check_count(directions, "directions", name)
+    check_count(chunk, "chunk", name)
+    check_directions(directions, chunk, 1, name)
     h = objective(problem, inner)
     calls = solve_calls(inner) * (1 + difference.solves * directions)
 
