@@ -36,9 +36,3 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def temporary_mib(function, *args):
-    """Memory that a compiled function needs beside what it takes and returns."""
-    analysis = jax.jit(function).lower(*args).compile().memory_analysis()
-    return analysis.temp_size_in_bytes / 2**20

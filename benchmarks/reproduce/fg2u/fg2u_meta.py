@@ -41,10 +41,12 @@ def mean_estimate(method, key, x, y):
         return hypergrad, info.ok
 
     found, ok = jax.vmap(one)(jax.random.split(key_tasks, count), batches)
+    # A flagged estimate counts as zero.
+    found = dbo.trees.where(ok, found, jax.tree.map(jnp.zeros_like, found))
     return dbo.node_mean(found), jnp.sum(~ok)
 
 
-def learner(method, start_of_y):
+def learner(method, x, start_of_y):
     """Compiled ``(key, rate, carry, count) -> carry``; carry is made by `begin`."""
 
     def step(key, rate, carry):
@@ -55,11 +57,16 @@ def learner(method, start_of_y):
         updates, memory = optax.adam(rate).update(hypergrad, memory)
         return optax.apply_updates(x, updates), memory, done + 1, bad + flagged
 
-    @jax.jit
     def advance(key, rate, carry, count):
         return jax.lax.fori_loop(0, count, lambda _, c: step(key, rate, c), carry)
 
-    return advance
+    example = jax.random.key(0), jnp.float32(0), begin(x), jnp.int32(1)
+    return jax.jit(advance).lower(*example).compile()
+
+
+def mebibytes(compiled):
+    """Memory that a program needs beside what it takes and returns."""
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def begin(x):
@@ -72,7 +79,6 @@ def on_the_clock(advance, key, rate, x, seconds, clock=time.perf_counter):
     ``clock`` may be `time.process_time`, where others keep the processor busy.
     """
     rate, carry = jnp.float32(rate), begin(x)
-    jax.block_until_ready(advance(key, rate, carry, 1))  # compiles
     done, spent, mark, snapshots = 0, 0.0, 10, [(0, 0.0, x)]
     pace = seconds
     while spent < seconds:
@@ -80,7 +86,7 @@ def on_the_clock(advance, key, rate, x, seconds, clock=time.perf_counter):
         # One step first, to learn the pace; never past the next snapshot.
         count = 1 if done == 0 else min(left, mark - done)
         begun = clock()
-        carry = jax.block_until_ready(advance(key, rate, carry, count))
+        carry = jax.block_until_ready(advance(key, rate, carry, jnp.int32(count)))
         spent += clock() - begun
         done += count
         pace = spent / done
@@ -126,5 +132,6 @@ def common_steps(runs):
 
 
 def spread(values, digits=3):
+    """Mean and standard deviation."""
     values = np.asarray(values)
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
