@@ -13,16 +13,13 @@ from environment import ensure
 ensure([])
 
 import argparse
-import csv
-import os
-import platform
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from report import header, write_csv
 
 import dbojax as dbo
 
@@ -82,16 +79,6 @@ def exponent(accuracies, calls):
     return np.polyfit(-np.log(accuracies), np.log(calls), 1)[0]
 
 
-def header():
-    """Versions and device, for the head of a table."""
-    device = jax.devices()[0]
-    return (
-        f"dbojax {dbo.__version__}, jax {jax.__version__}, optax {optax.__version__}, "
-        f"Python {platform.python_version()}; {device.device_kind} "
-        f"({os.cpu_count()} cores), float64"
-    )
-
-
 WHY = """\
 The published bound for C2DFB, O~(eps^-4), is an upper bound for the worst case over
 nonconvex problems. Here Psi is strongly convex, and the smoothness of the penalised
@@ -115,7 +102,7 @@ def main():
         print(f"eps {eps:g}: {calls} calls", flush=True)
     done = [row for row in rows if row["calls"] is not None]
     lines = [
-        f"{header()}.",
+        f"{header()}, float64.",
         "",
         f"lambda = {CONSTANT} / eps, K = {INNER_STEPS}, step {UPPER_STEP} of x and "
         f"{LOWER_STEP} of y and z; calls: gradients of one node; at most "
@@ -137,11 +124,7 @@ def main():
         lines += ["", f"{fits}. Published upper bound: O~(eps^-{BOUND}).", "", WHY]
     print("\n".join(["", *lines]))
     print(f"\nTotal {time.perf_counter() - begin:.0f} s, compilation included.")
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.csv.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ("eps", "penalty", "calls"))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(arguments.csv, rows)
     if arguments.markdown:
         arguments.markdown.write_text("\n".join([*lines, ""]), encoding="utf-8")
 

@@ -16,11 +16,8 @@ from environment import ensure
 ensure([])
 
 import argparse
-import csv
 import functools
 import itertools
-import os
-import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from report import header, write_csv
 
 import dbojax as dbo
 
@@ -39,16 +37,6 @@ STEPS = 4000
 UPPER, LOWER = 0.05, 0.3  # step sizes over 1 / smoothness of Psi and of the local g
 GAMMA = {"exact": 1.0, "reference_point": 0.4, "error_feedback": 0.4}
 WITH_SERVER = ("server", "ef14", "ef21", "diana")  # all nodes hold the same after it
-COLUMNS = (
-    "strategy",
-    "channel",
-    "compressor",
-    "graph",
-    "hypergrad",
-    "consensus",
-    "bytes",
-    "rounds",
-)
 
 
 def strategies():
@@ -230,16 +218,6 @@ def solve_all(task, cases):
     return rows
 
 
-def header():
-    """Versions and device, for the head of a table."""
-    device = jax.devices()[0]
-    return (
-        f"dbojax {dbo.__version__}, jax {jax.__version__}, optax {optax.__version__}, "
-        f"Python {platform.python_version()}; {device.device_kind} "
-        f"({os.cpu_count()} cores), float64"
-    )
-
-
 def summary(rows):
     """Markdown: the range of floors of each strategy over each channel."""
     yield "| strategy | " + " | ".join(channels()) + " |"
@@ -285,7 +263,7 @@ def main():
     cases = cover(product()) if arguments.fast else list(product())
     rows = solve_all(task, cases)
     lines = [
-        f"{header()}.",
+        f"{header()}, float64.",
         "",
         f"{len(rows)} cases, {STEPS} steps; consensus steps {GAMMA}; step sizes "
         f"{UPPER} / smoothness of Psi and {LOWER} / largest smoothness of a local g. "
@@ -301,11 +279,7 @@ def main():
     ]
     print("\n".join(["", *lines]))
     print(f"\nTotal {time.perf_counter() - begin:.0f} s, compilation included.")
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.csv.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(arguments.csv, rows)
     if arguments.markdown:
         arguments.markdown.write_text("\n".join([*lines, ""]), encoding="utf-8")
 

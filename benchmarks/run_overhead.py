@@ -19,6 +19,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from report import header, quartiles
 
 import dbojax as dbo
 
@@ -75,11 +76,6 @@ def chunked(method, state, batch, key, steps: int, every: int):
     return once
 
 
-def quartiles(values) -> str:
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", type=int, default=10)
@@ -105,9 +101,7 @@ def main() -> None:
         compiles.append(history.compile_seconds)
     gap = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), final, expected)
 
-    device = jax.devices()[0]
-    print(f"device {device.device_kind} ({device.platform}), jax {jax.__version__}")
-    print(f"numpy {np.__version__}, dbojax {dbo.__version__}")
+    print(f"{header()}.")
     print(f"{args.steps} steps, every={args.every}, {args.repeats} repeats, {args}")
     print(f"largest gap of the final states: {max(jax.tree.leaves(gap)):.1e}")
     micro = 1e6 / args.steps

@@ -31,6 +31,7 @@ from dbojax.base import Problem as Problem
 from dbojax.base import Rounds as Rounds
 from dbojax.base import Strategy as Strategy
 from dbojax.base import Traffic as Traffic
+from dbojax.hypergradients import implicit_diff as implicit_diff
 from dbojax.optim import communicate as communicate
 from dbojax.optim import per_node as per_node
 from dbojax.runner import DivergedError as DivergedError

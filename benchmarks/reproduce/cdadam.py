@@ -24,7 +24,7 @@ import time
 
 import cdadam_cnn
 import cdadam_logistic
-from cdadam_common import header
+from report import header
 
 PARTS = {"logistic": cdadam_logistic.report, "cnn": cdadam_cnn.report}
 

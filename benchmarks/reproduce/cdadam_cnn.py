@@ -10,16 +10,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from cdadam_common import (
-    Method,
-    adaptive,
-    cd_adam,
-    sent,
-    short,
-    table,
-    write_csv,
-)
+from cdadam_common import Method, adaptive, cd_adam, sent, short
 from flax import linen as nn
+from report import table, write_csv
 
 import dbojax as dbo
 

@@ -9,18 +9,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from cdadam_common import (
-    B1,
-    B2,
-    Method,
-    adaptive,
-    cd_adam,
-    over,
-    sent,
-    short,
-    table,
-    write_csv,
-)
+from cdadam_common import B1, B2, Method, adaptive, cd_adam, over, sent, short
+from report import table, write_csv
 
 import dbojax as dbo
 

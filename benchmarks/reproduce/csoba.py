@@ -25,7 +25,7 @@ import csoba_quadratic
 import csoba_speedup
 import csoba_step
 import csoba_tenfold
-from csoba_common import header
+from report import header
 
 PARTS = {
     "quadratic": csoba_quadratic.report,

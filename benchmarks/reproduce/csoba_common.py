@@ -1,27 +1,12 @@
 """What the parts of the benchmark share: the methods, what is watched, and tables."""
 
-import csv
-import os
-import platform
-
 import jax
 import jax.numpy as jnp
 import matplotlib
-import optax
 
 matplotlib.use("Agg")
 
 import dbojax as dbo
-
-
-def header():
-    """Versions and device, for the head of a table."""
-    device = jax.devices()[0]
-    return (
-        f"dbojax {dbo.__version__}, jax {jax.__version__}, optax {optax.__version__}, "
-        f"Python {platform.python_version()}; {device.device_kind} "
-        f"({os.cpu_count()} cores)"
-    )
 
 
 def uncompressed(problem, n):
@@ -99,20 +84,3 @@ def starts(task, runs):
     """The start of all workers of all runs."""
     n = task.n
     return [dbo.replicate(dbo.replicate(v, n), runs) for v in (task.x0, task.y0)]
-
-
-def table(rows, left=1):
-    """Markdown lines from dictionaries; the first ``left`` columns are words."""
-    names = list(rows[0])
-    marks = ["---"] * left + ["---:"] * (len(names) - left)
-    yield f"| {' | '.join(names)} |"
-    yield f"| {' | '.join(marks)} |"
-    for row in rows:
-        yield f"| {' | '.join(str(row[name]) for name in names)} |"
-
-
-def write_csv(path, rows):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -12,11 +12,10 @@ from csoba_common import (
     slope_of,
     stacked,
     starts,
-    table,
     uncompressed,
     watched,
-    write_csv,
 )
+from report import table, write_csv
 
 import dbojax as dbo
 

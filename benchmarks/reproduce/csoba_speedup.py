@@ -6,16 +6,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from csoba_common import (
-    compressed,
-    sampled,
-    slope_of,
-    starts,
-    table,
-    uncompressed,
-    watched,
-    write_csv,
-)
+from csoba_common import compressed, sampled, slope_of, starts, uncompressed, watched
+from report import table, write_csv
 
 import dbojax as dbo
 

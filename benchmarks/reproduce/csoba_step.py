@@ -5,7 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from csoba_common import table, write_csv
+from report import quartiles, table, write_csv
 
 import dbojax as dbo
 
@@ -108,11 +108,6 @@ def measure(compressor, dim):
             carries[label] = jax.block_until_ready(program(carries[label], data))
             seconds[label].append((time.perf_counter() - begin) / INNER)
     return {label: np.array(found) for label, found in seconds.items()}
-
-
-def quartiles(values, digits):
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def report(options):

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from csoba_common import compressed, stacked, table, uncompressed, write_csv
+from csoba_common import compressed, stacked, uncompressed
 from csoba_steps import STEPS, TUNED_OVER
+from report import table, write_csv
 
 import dbojax as dbo
 

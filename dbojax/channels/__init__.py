@@ -3,12 +3,13 @@
 Over a graph: :func:`exact`, :func:`reference_point`, :func:`error_feedback`. With a
 server, which gives all workers the same estimate of the mean: :func:`server`,
 :func:`ef14`, :func:`ef21`, :func:`two_way` and :func:`diana`; :func:`smoothed` averages
-what goes into any of them.
+what goes into any of them. Over :func:`private` nothing travels.
 """
 
 from dbojax.channels.gossip import error_feedback as error_feedback
 from dbojax.channels.gossip import exact as exact
 from dbojax.channels.gossip import reference_point as reference_point
+from dbojax.channels.private import private as private
 from dbojax.channels.server import diana as diana
 from dbojax.channels.server import ef14 as ef14
 from dbojax.channels.server import ef21 as ef21

@@ -18,6 +18,14 @@ def no_state(x: Tree, y: Tree) -> tuple[()]:
     return ()
 
 
+def check_positive(value, name: str, factory: str, zero: bool = False) -> None:
+    """Refuse a Python number that is not positive; ``zero`` may be allowed."""
+    good = not isinstance(value, int | float) or value > 0 or (zero and value == 0)
+    if not good:
+        sign = ">=" if zero else ">"
+        raise ValueError(f"`{factory}` needs {name} {sign} 0, got {value!r}.")
+
+
 def prepare(
     problem: Problem, x: Tree, y: Tree, batch: Tree, inner: Inner | Solver | None = None
 ) -> tuple[Tree, Tree]:

@@ -1,5 +1,6 @@
 """Local directions of the upper, lower and auxiliary variables at one node."""
 
+from dbojax.oracles.estimated import from_hypergradient as from_hypergradient
 from dbojax.oracles.memoryless import penalty as penalty
 from dbojax.oracles.memoryless import soba as soba
 from dbojax.oracles.saba import saba as saba

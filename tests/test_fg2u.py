@@ -1,0 +1,120 @@
+"""(FG)²U with scalar messages: laws of the error, bytes, and the optimum."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import test_personal
+
+import dbojax as dbo
+
+h = dbo.hypergradients
+NODES, N, B = 6, 40, 5
+
+# h_k(x) = <g_k, x>: gradients that differ from node to node, and are known.
+linear = dbo.Problem(lambda x, y, batch: batch @ y, lambda x, y, batch: jnp.sum(y))
+
+
+def scalars(directions=B, problem=linear, inner=lambda key, x, y, batch: x):
+    return h.forward_scalars(problem, inner, directions, chunk=1)
+
+
+def everyone():
+    return dbo.mixing.averaging(NODES)
+
+
+METHODS = {
+    "shared": lambda: dbo.algorithms.fg2u_shared(
+        linear, scalars(), dbo.channels.server(everyone()), 1.0
+    ),
+    "own": lambda: dbo.algorithms.fg2u_own(linear, scalars(), everyone(), 1.0),
+}
+
+
+def gradients():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(NODES, N)))
+
+
+def estimates(method, count):
+    """What moved x in a step from zero, for many keys: (count, N)."""
+    x = jnp.zeros((NODES, N))
+    state = method.init(x, x)
+
+    def moved(key):
+        return -method.step(key, state, gradients())[0].x
+
+    return jax.jit(jax.vmap(moved))(jax.random.split(jax.random.key(1), count))
+
+
+def expected_error(name):
+    g = np.asarray(gradients())
+    if name == "shared":
+        return (N - 1) / B * np.sum(g.mean(0) ** 2)
+    return (N - 1) / (NODES * B) * np.mean(np.sum(g**2, axis=1))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_unbiased_with_the_error_of_its_law(name):
+    found = np.asarray(estimates(METHODS[name](), 1000))
+    np.testing.assert_allclose(found, found[:, :1].repeat(NODES, axis=1), atol=1e-12)
+    mean = np.asarray(gradients()).mean(0)
+    errors = np.sum((found[:, 0] - mean) ** 2, axis=1)
+    spread = errors.std() / np.sqrt(len(errors))
+    assert abs(errors.mean() - expected_error(name)) < 4 * spread
+    offset = np.sum((found[:, 0].mean(0) - mean) ** 2)
+    assert offset < 2 * expected_error(name) / len(errors)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_only_scalars_travel(name):
+    method, x = METHODS[name](), jnp.zeros((NODES, N))
+    _, metrics = jax.jit(method.step)(jax.random.key(0), method.init(x, x), gradients())
+    assert metrics.traffic.message == B * 8
+    assert metrics.calls == scalars().calls
+
+
+def test_gossip_of_slopes_is_gossip_of_gradients():
+    w = dbo.topology.metropolis(dbo.topology.ring(NODES))
+    method = dbo.algorithms.fg2u_own(linear, scalars(), dbo.mixing.mixer(w), 1.0)
+    x = jnp.zeros((NODES, N))
+    key = jax.random.key(3)
+    state, metrics = jax.jit(method.step)(key, method.init(x, x), gradients())
+    key_slopes, _ = jax.random.split(key)
+    halves = scalars()
+
+    @jax.jit
+    def alone(node, gradient):
+        node_key = jax.random.fold_in(key_slopes, node)
+        slopes, _, _ = halves.coefficients(node_key, x[0], x[0], gradient)
+        return halves.combine(node_key, x[0], slopes)
+
+    own = [alone(node, gradient) for node, gradient in enumerate(gradients())]
+    np.testing.assert_allclose(-state.x, w @ jnp.stack(own), atol=1e-12)
+    assert metrics.traffic.total == B * 8 * 2 * NODES
+
+
+@pytest.mark.parametrize("name", ["shared", "own"])
+def test_both_reach_the_optimum_of_unlike_nodes(name):
+    problem, batch, best = test_personal.own_quadratics()
+    mix = dbo.mixing.averaging(test_personal.NODES)
+    halves = scalars(3, problem, test_personal.solver(problem))
+    step = optax.sgd(optax.exponential_decay(0.05, 400, 0.5))
+    if name == "shared":
+        channel = dbo.channels.server(mix)
+        method = dbo.algorithms.fg2u_shared(problem, halves, channel, step)
+    else:
+        method = dbo.algorithms.fg2u_own(problem, halves, mix, step)
+    zeros = [jnp.zeros((test_personal.NODES, d)) for d in (3, 4)]
+    state, _ = dbo.run(method, jax.random.key(0), method.init(*zeros), batch, 2000)
+    x = np.asarray(dbo.node_mean(state.x))
+    # Shared directions lose their noise where the mean gradient vanishes; own ones
+    # keep that of the single gradients.
+    assert np.linalg.norm(x - best) < (1e-6 if name == "shared" else 0.05)
+
+
+def test_refused_parts():
+    with pytest.raises(TypeError, match="`channel` must be a Channel"):
+        dbo.algorithms.fg2u_shared(linear, scalars(), everyone(), 0.1)
+    with pytest.raises(TypeError, match="`scalars` must be a ForwardGradient"):
+        dbo.algorithms.fg2u_own(linear, None, everyone(), 0.1)
