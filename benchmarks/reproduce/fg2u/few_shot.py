@@ -162,9 +162,9 @@ def digits():
     about = (
         f"scikit-learn's 8 x 8 digits; a class is a digit, upright or turned by a "
         f"quarter; a task is {ways} classes in random order, {shots} shots and "
-        f"{queries} queries of each, cross-entropy. Digits 0 to 5 (12 classes, {learnt} "
-        f"images each) teach, {kept - learnt} other images of the same classes "
-        "validate, digits 6 to 9 (8 classes that were never seen) test"
+        f"{queries} queries of each, cross-entropy. Digits 0 to 5 (12 classes, "
+        f"{learnt} images each) teach, {kept - learnt} other images of the same "
+        "classes validate, digits 6 to 9 (8 classes that were never seen) test"
     )
     return Family(
         title="Digits",
