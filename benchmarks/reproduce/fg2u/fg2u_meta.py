@@ -110,6 +110,12 @@ def best_rate(advance, key, rates, x, seconds, judge, clock=time.perf_counter):
     return rates[int(np.argmin(finite))]
 
 
+def best_snapshot(run, judge):
+    """Number of the snapshot with the least finite loss."""
+    losses = np.array([float(judge(row(run.x, i))) for i in range(len(run.steps))])
+    return int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
+
+
 def clock_of(options):
     """The wall clock, or what the processor spent, and the name of its unit."""
     if options.cpu_time:
