@@ -449,7 +449,7 @@ def memory_rows(world, options):
     }
     for label, make in makers.items():
         cells = {"MiB, one stream": label}
-        for depth in (24, 96):
+        for depth in (SHORT, DEPTHS[-1]):
             inner = hg.descent(problem, optax.sgd(STEP_SIZE), depth)
             method = Method(make(problem, inner), inner, drawn(depth, 1))
             program = learner(method, x, lambda x: world.y_0)
