@@ -112,7 +112,7 @@ def one_pass(options, x, batch):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--entries", type=int, default=1_000_000, help="of x")
-    parser.add_argument("--directions", type=int, default=16)
+    parser.add_argument("--directions", type=int, default=64)
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("results/fg2u"))
     options = parser.parse_args()

@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from fg2u_common import header, table, write_csv
 from fg2u_meta import (
     Method,
     at_steps,
@@ -40,6 +39,7 @@ from fg2u_meta import (
     row,
     spread,
 )
+from report import header, table, write_csv
 
 import dbojax as dbo
 from dbojax import hypergradients as hg
