@@ -12,6 +12,7 @@ from dbojax import trees
 from dbojax.base import Calls, Hypergradient, Problem, Tree, by_level
 from dbojax.hypergradients.common import (
     check_positive,
+    check_state,
     cost,
     finish,
     no_state,
@@ -160,7 +161,8 @@ def penalty(
 
     def init(x, y):
         del x
-        y = jax.tree.map(jnp.asarray, y)
+        # A copy: a state may be donated.
+        y = jax.tree.map(lambda a: jnp.array(a, copy=True), y)
         return PenaltyState(y, optimizer.init(y), optimizer.init(y))
 
     def descend(x, batch, carry, scheduled):
@@ -181,7 +183,7 @@ def penalty(
         del key
         prepare(problem, x, y, batch, plain)
         x, start = prepare(problem, x, y, batch)
-        trees.check_like(state.z, start, "state.z", "y")
+        check_state(state, init, x, start)
         (y, moved), _ = jax.lax.scan(
             lambda carry, scheduled: descend(x, batch, carry, scheduled),
             (start, state),

@@ -138,6 +138,7 @@ def forward_gradient(
         known, spent = None, cost(own)
         if guide is not None:
             rough, _, state, told = guide.estimate(guide_key(key), x, y, state, batch)
+            trees.check_like(rough, x, "the guide's hypergradient", "x")
             known = _part_along(rough, lambda x: h(key, x, start, batch), x)
             spent = jax.tree.map(jnp.add, spent, told.cost)
         args = (key, x, start, batch, known)
