@@ -1,5 +1,7 @@
 """What every estimator owes its caller: clear refusals, and a state of its own."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,3 +176,10 @@ def test_sums_of_short_perturbations_keep_their_digits(key):
     hyper = h.pes(PROBLEM, descent(), 3, 4, chunk=2)
     state = hyper.init(X.astype(jnp.bfloat16), Y.astype(jnp.bfloat16))
     assert state.perturbations.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["cg", "normal_cg", "gmres", "bicgstab", "neumann"])
+def test_settings_stand_in_the_order_of_the_linear_solver(name):
+    settings = list(inspect.signature(getattr(h.linear, name)).parameters)
+    taken = list(inspect.signature(getattr(h, name)).parameters)
+    assert taken[1 : len(settings) + 1] == settings

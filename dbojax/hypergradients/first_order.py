@@ -196,9 +196,18 @@ def penalty(
         hypergrad = jax.tree.map(
             lambda f, a, b: f + trees.times(weight, a - b), f_x, at_y, at_z
         )
-        hypergrad, y, info = finish(hypergrad, y, start, value, cost(calls))
+        # Second moments that overflow stop an optimiser for ever, at a finite y.
+        sound = jnp.stack(jax.tree.leaves(jax.tree.map(_sound, moved, state))).all()
+        hypergrad, y, info = finish(hypergrad, y, start, value, cost(calls), sound)
         # A y that is not finite was put back, so its companions are too.
         state = jax.tree.map(lambda a, b: jnp.where(info.ok, a, b), moved, state)
         return hypergrad, y, state, info
 
     return Hypergradient(init, estimate, calls)
+
+
+def _sound(after: jax.Array, before: jax.Array) -> jax.Array:
+    """Whether no entry of an optimiser's memory stopped being finite."""
+    if not jnp.issubdtype(after.dtype, jnp.floating):
+        return jnp.array(True)
+    return (jnp.isfinite(after) | ~jnp.isfinite(before)).all()

@@ -85,7 +85,8 @@ def forward_gradient(
             pass through, ``while_loop`` included. It gets the key of the estimate, as
             under :func:`reverse`; the directions get :func:`direction_key` of it.
         directions: b, a multiple of ``chunk`` and, times that, of the devices.
-        chunk: directions at a time; costs memory and changes nothing else.
+        chunk: directions at a time. More cost memory and save time, as each chunk runs
+            the solver anew; the result does not depend on it.
         law: of the directions.
         guide: any cheap estimator; it gets a key of its own, and its state is carried.
         over: where directions are pushed, e.g. ``spread(mesh, "devices")``.

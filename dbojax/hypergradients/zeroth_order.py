@@ -86,7 +86,7 @@ def zeroth_order(
         step: :math:`\mu`.
         difference: ``one_sided`` or ``central``.
         law: of the directions.
-        chunk: directions at a time; costs memory and changes nothing else.
+        chunk: directions at a time; costs memory, the result does not depend on it.
 
     Returns:
         An estimator without state; ``info.variance`` leaves out the bias.
