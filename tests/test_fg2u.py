@@ -120,6 +120,17 @@ def test_refused_parts():
         dbo.algorithms.fg2u_own(linear, None, everyone(), 0.1)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_refused_variables_and_states(name, key):
+    method, x = METHODS[name](), jnp.zeros((NODES, N))
+    with pytest.raises(ValueError, match="`x` must hold real floating-point arrays"):
+        method.init(x.astype(int), x)
+    with pytest.raises(ValueError, match=r"holds 5 nodes on axis 0"):
+        method.init(x[:5], x[:5])
+    with pytest.raises(TypeError, match="`state` must be a ScalarState"):
+        method.step(key, (), gradients())
+
+
 def test_keys_of_both_kinds_give_the_same_step():
     typed = jax.random.key(3)
     state = METHODS["shared"]().init(jnp.zeros((NODES, N)), jnp.zeros((NODES, N)))

@@ -148,6 +148,12 @@ def test_what_cannot_be_differentiated_is_refused():
         implicit_diff(lambda x, y: y, linear.cg)
 
 
+def test_a_pair_that_is_an_array_is_refused():
+    root = implicit_diff(lambda x, y: y**2 - x, has_aux=True)(lambda x, y0: x**0.5)
+    with pytest.raises(ValueError, match=r"must return a pair \(y, aux\)"):
+        root(jnp.array([1.0, 4.0]), jnp.ones(2))
+
+
 # --- constrained problems: the active set is known, so the derivative is too ---
 
 STEP = 1 / float(np.linalg.norm(A, 2))

@@ -152,9 +152,11 @@ def fg2u_own(
         )
         return grads, state, traffic
 
-    return _algorithm(
-        problem, scalars, upper_step, lambda x: (), gradients, trees.node_keys
-    )
+    def init(x):
+        trees.check_nodes(x, mix.weights.shape[0], "x")
+        return ()
+
+    return _algorithm(problem, scalars, upper_step, init, gradients, trees.node_keys)
 
 
 def _algorithm(
@@ -177,10 +179,13 @@ def _algorithm(
 
     def init(x, y):
         x, y = (jax.tree.map(lambda a: jnp.array(a, copy=True), v) for v in (x, y))
+        trees.check_floating(x, "x")
+        trees.check_floating(y, "y")
         trees.check_nodes(y, trees.num_nodes(x, "x"), "y")
         return ScalarState(x, y, init_channel(x), jax.vmap(optimizer.init)(x))
 
     def step(key, state, batch):
+        trees.check_type(state, ScalarState, "state", "method.init(x, y)")
         n = trees.num_nodes(state.x, "x")
         per_node = 0  # the node axis of a batch
         if isinstance(batch, Rounds):
