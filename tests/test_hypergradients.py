@@ -183,3 +183,10 @@ def test_settings_stand_in_the_order_of_the_linear_solver(name):
     settings = list(inspect.signature(getattr(h.linear, name)).parameters)
     taken = list(inspect.signature(getattr(h, name)).parameters)
     assert taken[1 : len(settings) + 1] == settings
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 4)])
+def test_as_many_coefficients_as_directions(shape, key):
+    halves = h.forward_scalars(PROBLEM, descent(), 4, 2)
+    with pytest.raises(ValueError, match="for each of 4 directions; got shape"):
+        halves.combine(key, X, jnp.ones(shape))

@@ -190,7 +190,8 @@ def forward_scalars(
         Both halves; what they return is not checked for being finite.
 
     Raises:
-        ValueError: as :func:`forward_gradient`.
+        ValueError: as :func:`forward_gradient`; from ``combine``, if w has another
+            shape.
         TypeError: if a part is of another kind.
 
     Examples:
@@ -221,6 +222,12 @@ def forward_scalars(
         return swept.coefficients, swept.aux, swept.value
 
     def mean(key, x, w):
+        if w.shape != (directions,):
+            raise ValueError(
+                f"`combine(key, x, w)` needs one coefficient for each of {directions} "
+                f"directions; got shape {w.shape}. Average those of several nodes over "
+                "the node axis first, or use `jax.vmap`."
+            )
         return trees.unravel(
             combine(w, x, _drawn(law, directions, key, x), chunk).total / directions, x
         )
