@@ -311,6 +311,18 @@ def test_sets_of_trees_span_all_leaves_and_take_one_bound_or_one_per_entry():
         assert tree["b"].dtype == jnp.float64
 
 
+def test_weights_may_be_a_tree():
+    v, weights = (
+        {"a": jnp.ones(2), "b": jnp.ones(3)},
+        {"a": 0.25, "b": jnp.full(3, 2.0)},
+    )
+    shrunk = projections.soft_threshold(v, weights)
+    assert shrunk["a"].tolist() == [0.75] * 2
+    assert shrunk["b"].tolist() == [0.0] * 3
+    with pytest.raises(ValueError, match="`soft_threshold` needs weight >= 0"):
+        projections.soft_threshold(v, weights | {"a": -1.0})
+
+
 BAD = {
     "total": (lambda: projections.simplex(jnp.ones(2), 0.0), "`simplex` needs total"),
     "radius": (lambda: projections.ball(jnp.ones(2), -1.0), "`ball` needs radius > 0"),
