@@ -118,3 +118,50 @@ def test_refused_parts():
         dbo.algorithms.fg2u_shared(linear, scalars(), everyone(), 0.1)
     with pytest.raises(TypeError, match="`scalars` must be a ForwardGradient"):
         dbo.algorithms.fg2u_own(linear, None, everyone(), 0.1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_refused_variables_and_states(name, key):
+    method, x = METHODS[name](), jnp.zeros((NODES, N))
+    with pytest.raises(ValueError, match="`x` must hold real floating-point arrays"):
+        method.init(x.astype(int), x)
+    with pytest.raises(ValueError, match=r"holds 5 nodes on axis 0"):
+        method.init(x[:5], x[:5])
+    with pytest.raises(TypeError, match="`state` must be a ScalarState"):
+        method.step(key, (), gradients())
+
+
+def test_keys_of_both_kinds_give_the_same_step():
+    typed = jax.random.key(3)
+    state = METHODS["shared"]().init(jnp.zeros((NODES, N)), jnp.zeros((NODES, N)))
+    moved = [
+        METHODS["shared"]().step(key, state, gradients())[0].x
+        for key in (typed, jax.random.key_data(typed))
+    ]
+    np.testing.assert_array_equal(*moved)
+
+
+@pytest.mark.parametrize("name", ["shared", "own"])
+def test_every_inner_step_may_have_samples_of_its_own(name):
+    # As many rounds as nodes: an axis taken for the other would not be noticed.
+    problem = dbo.Problem(
+        lambda x, y, batch: jnp.sum(y * batch), lambda x, y, batch: batch @ (y * x)
+    )
+    inner = h.descent(problem, optax.sgd(1.0), NODES)
+    x, y = jnp.ones((NODES, 2)), jnp.zeros((NODES, 2))
+    rng = np.random.default_rng(0)
+    outer = jnp.asarray(rng.normal(size=(NODES, 2)))
+    rounds = jnp.asarray(rng.normal(size=(NODES, NODES, 2)))  # steps, nodes
+    halves = scalars(2, problem, inner)
+    if name == "shared":
+        server = dbo.channels.server(everyone())
+        method = dbo.algorithms.fg2u_shared(problem, halves, server, 0.1)
+    else:
+        method = dbo.algorithms.fg2u_own(problem, halves, everyone(), 0.1)
+    batch = dbo.Rounds(outer, rounds)
+    state, metrics = method.step(jax.random.key(0), method.init(x, y), batch)
+    end = -rounds.sum(axis=0)  # y moves along -batch * x, with x = 1
+    np.testing.assert_allclose(state.y, end, rtol=1e-12)
+    np.testing.assert_allclose(metrics.upper, (end * outer).sum(1).mean(), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"`batch.inner` needs 6 nodes on axis 1"):
+        method.step(jax.random.key(0), state, dbo.Rounds(outer, rounds[:, :3]))

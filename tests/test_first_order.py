@@ -134,6 +134,24 @@ def test_diverging_steps_are_flagged_and_put_back():
         np.testing.assert_array_equal(a, b)
 
 
+def test_moments_that_overflow_are_flagged_and_not_kept():
+    # Adam then stands still for ever, at a finite y.
+    problem = dbo.Problem(
+        lambda x, y, b: (y - 1) ** 2, lambda x, y, b: x * (y - 3) ** 2
+    )
+    hyper = hg.penalty(problem, 10.0, optax.adam(0.1), 3)
+    y, estimate = jnp.array(0.0), jax.jit(hyper.estimate)
+    start = hyper.init(y, y)
+    g, y, state, info = estimate(KEY, jnp.array(1e200), y, start, None)
+    assert not info.ok
+    assert jnp.isfinite(g)
+    for a, b in zip(*map(jax.tree.leaves, (state, start)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    _, after, _, info = estimate(KEY, jnp.array(1.0), y, state, None)
+    assert info.ok
+    assert after > y + 0.1
+
+
 BAD = {
     "step_size": (lambda: hg.darts(CURVED, 0.0), "`darts` needs step_size > 0"),
     "epsilon": (lambda: hg.darts(CURVED, 0.1, -1.0), "`darts` needs epsilon > 0"),

@@ -148,6 +148,12 @@ def test_what_cannot_be_differentiated_is_refused():
         implicit_diff(lambda x, y: y, linear.cg)
 
 
+def test_a_pair_that_is_an_array_is_refused():
+    root = implicit_diff(lambda x, y: y**2 - x, has_aux=True)(lambda x, y0: x**0.5)
+    with pytest.raises(ValueError, match=r"must return a pair \(y, aux\)"):
+        root(jnp.array([1.0, 4.0]), jnp.ones(2))
+
+
 # --- constrained problems: the active set is known, so the derivative is too ---
 
 STEP = 1 / float(np.linalg.norm(A, 2))
@@ -303,6 +309,18 @@ def test_sets_of_trees_span_all_leaves_and_take_one_bound_or_one_per_entry():
     for tree in (on_simplex, boxed, projections.soft_threshold(v, 0.5)):
         assert tree["a"].dtype == jnp.float32
         assert tree["b"].dtype == jnp.float64
+
+
+def test_weights_may_be_a_tree():
+    v, weights = (
+        {"a": jnp.ones(2), "b": jnp.ones(3)},
+        {"a": 0.25, "b": jnp.full(3, 2.0)},
+    )
+    shrunk = projections.soft_threshold(v, weights)
+    assert shrunk["a"].tolist() == [0.75] * 2
+    assert shrunk["b"].tolist() == [0.0] * 3
+    with pytest.raises(ValueError, match="`soft_threshold` needs weight >= 0"):
+        projections.soft_threshold(v, weights | {"a": -1.0})
 
 
 BAD = {

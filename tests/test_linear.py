@@ -237,7 +237,7 @@ def test_many_systems_at_once_stop_on_their_own():
 
 BAD = {
     "cg": (lambda: linear.cg(0), r"`cg` needs a whole number max_steps >= 1, got 0"),
-    "tol": (lambda: linear.cg(2, tol=-1.0), r"`cg` needs tol >= 0, got -1.0"),
+    "tol": (lambda: linear.cg(2, tol=-1.0), r"tol >= 0 and finite, got -1.0"),
     "damping": (lambda: linear.cg(2, damping=-1.0), r"`cg` needs damping >= 0"),
     "normal_cg": (lambda: linear.normal_cg(1.5), r"whole number max_steps >= 1"),
     "gmres": (lambda: linear.gmres(2, 0), r"whole number cycles >= 1"),

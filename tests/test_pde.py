@@ -282,6 +282,12 @@ def test_the_task_refuses_grids_without_the_observations_and_its_own_data():
         dbo.tasks.pde_coefficient(EQUATIONS["kdv"], finer=1)
 
 
+def test_an_equation_that_was_not_made_is_refused():
+    for refuses in (lambda e: spectral.solve(e, 0.1), dbo.tasks.pde_coefficient):
+        with pytest.raises(TypeError, match="`equation` must be a Equation"):
+            refuses(spectral.kdv)
+
+
 def test_float32_is_refused():
     with jax.enable_x64(False):
         with pytest.raises(ValueError, match="jax_enable_x64"):

@@ -23,12 +23,13 @@ from dbojax.base import (
     Metrics,
     Mix,
     Problem,
+    Rounds,
     State,
     Traffic,
     Tree,
-    by_level,
 )
 from dbojax.hypergradients import ForwardGradient
+from dbojax.hypergradients.inner import upper_batch
 
 
 class ScalarState(NamedTuple):
@@ -63,7 +64,8 @@ def fg2u_shared(
 
     Returns:
         An algorithm that sends b numbers per node and step, however long x is; y
-        carries on where the inner solver ended, unless that starts anew by itself.
+        carries on where the inner solver ended, unless that starts anew by itself. A
+        batch of type ``Rounds`` gives each inner step its own samples.
 
     Raises:
         TypeError: if a part is of another kind.
@@ -95,7 +97,7 @@ def fg2u_shared(
         return rebuild(key_slopes, x, mean), state, traffic
 
     def one_for_all(key, n):
-        return jnp.broadcast_to(key, (n,))
+        return jnp.broadcast_to(key, (n, *key.shape))  # old keys have an axis
 
     return _algorithm(problem, scalars, upper_step, init, gradients, one_for_all)
 
@@ -150,9 +152,11 @@ def fg2u_own(
         )
         return grads, state, traffic
 
-    return _algorithm(
-        problem, scalars, upper_step, lambda x: (), gradients, trees.node_keys
-    )
+    def init(x):
+        trees.check_nodes(x, mix.weights.shape[0], "x")
+        return ()
+
+    return _algorithm(problem, scalars, upper_step, init, gradients, trees.node_keys)
 
 
 def _algorithm(
@@ -175,21 +179,32 @@ def _algorithm(
 
     def init(x, y):
         x, y = (jax.tree.map(lambda a: jnp.array(a, copy=True), v) for v in (x, y))
+        trees.check_floating(x, "x")
+        trees.check_floating(y, "y")
         trees.check_nodes(y, trees.num_nodes(x, "x"), "y")
         return ScalarState(x, y, init_channel(x), jax.vmap(optimizer.init)(x))
 
     def step(key, state, batch):
+        trees.check_type(state, ScalarState, "state", "method.init(x, y)")
         n = trees.num_nodes(state.x, "x")
-        trees.check_batch(batch, n, "batch")
+        per_node = 0  # the node axis of a batch
+        if isinstance(batch, Rounds):
+            trees.check_batch(batch.inner, n, "batch.inner", axis=1)
+            trees.check_batch(batch.outer, n, "batch.outer")
+            per_node = Rounds(outer=0, inner=1)
+        else:
+            trees.check_batch(batch, n, "batch")
         key_slopes, key_channel = jax.random.split(key)
         keys = node_keys(key_slopes, n)
-        w, y, _ = jax.vmap(scalars.coefficients)(keys, state.x, state.y, batch)
+        w, y, _ = jax.vmap(scalars.coefficients, (0, 0, 0, per_node))(
+            keys, state.x, state.y, batch
+        )
         grads, memory, traffic = gradients(
             key_channel, key_slopes, state.x, w, state.channel
         )
         moves, moments = jax.vmap(optimizer.update)(grads, state.optimizer, state.x)
         x = optax.apply_updates(state.x, moves)
-        upper = jax.vmap(problem.upper)(x, y, by_level(batch)[0])
+        upper = jax.vmap(problem.upper)(x, y, upper_batch(batch))
         metrics = Metrics(
             trees.node_mean(upper),
             trees.norm(trees.node_mean(grads)),

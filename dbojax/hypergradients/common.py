@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dbojax import trees
-from dbojax.base import Calls, Cost, Info, Problem, Rounds, Tree
-from dbojax.hypergradients.inner import Inner, Solver, lower_batch, upper_batch
+from dbojax.base import Calls, Cost, Info, Problem, Rounds, State, Tree
+from dbojax.hypergradients.inner import (
+    Inner,
+    Solver,
+    lower_batch,
+    scalar,
+    upper_batch,
+)
 
 
 def no_state(x: Tree, y: Tree) -> tuple[()]:
@@ -19,11 +29,23 @@ def no_state(x: Tree, y: Tree) -> tuple[()]:
 
 
 def check_positive(value, name: str, factory: str, zero: bool = False) -> None:
-    """Refuse a Python number that is not positive; ``zero`` may be allowed."""
-    good = not isinstance(value, int | float) or value > 0 or (zero and value == 0)
+    """Refuse what is no positive number; ``zero`` may be allowed, arrays are."""
+    if isinstance(value, numbers.Real):
+        number = float(value)
+        good = math.isfinite(number) and (number > 0 or (zero and number == 0))
+    else:
+        good = isinstance(value, jax.Array | np.ndarray)
     if not good:
         sign = ">=" if zero else ">"
-        raise ValueError(f"`{factory}` needs {name} {sign} 0, got {value!r}.")
+        raise ValueError(
+            f"`{factory}` needs {name} {sign} 0 and finite, got {value!r}."
+        )
+
+
+def check_state(state: State, init: Callable, x: Tree, y: Tree) -> None:
+    """Refuse a state that another estimator made, or that other variables made."""
+    like = jax.eval_shape(init, x, y)
+    trees.check_like(state, like, "state", "hyper.init(x, y)")
 
 
 def prepare(
@@ -42,31 +64,39 @@ def prepare(
         x and y.
 
     Raises:
-        ValueError: if a variable is not floating point, an objective is not a scalar,
-            or the batch has too few rounds.
+        ValueError: if a variable is not floating point or x is empty, an objective is
+            not a scalar, the batch has too few rounds, or the inner solver starts with
+            another structure than y.
     """
     x, y = (jax.tree.map(jnp.asarray, v) for v in (x, y))
     trees.check_floating(x, "x")
     trees.check_floating(y, "y")
+    for name, v in (("x", x), ("y", y)):
+        if not trees.size(v):
+            raise ValueError(
+                f"`{name}` must hold at least one number; got {v!r}. Write "
+                "`jnp.zeros(())` for a variable that is not used."
+            )
     steps = inner.steps if isinstance(inner, Inner) else 0
     if isinstance(batch, Rounds):
-        held = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(batch.inner)}
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch.inner)]
+        held = {shape[0] if shape else 0 for shape in shapes}
         if any(count < steps for count in held):
             raise ValueError(
                 f"`Rounds.inner` needs samples for each of {steps} inner steps on "
                 f"axis 0; got {min(held)}."
             )
+    if isinstance(inner, Inner):
+        first = jax.eval_shape(
+            lambda x, y: inner.read(inner.start(jax.random.key(0), x, y)), x, y
+        )
+        trees.check_like(first, y, "what the inner solver starts from", "y")
     # A solver may take another lower objective, or none.
     samples = {"upper": upper_batch(batch)}
     if inner is None:
         samples["lower"] = lower_batch(batch)
     for name, sample in samples.items():
-        shape = jax.eval_shape(getattr(problem, name), x, y, sample)
-        if getattr(shape, "shape", None) != ():
-            raise ValueError(
-                f"`problem.{name}(x, y, batch)` must return a scalar, e.g. with "
-                f"`jnp.mean`; got {shape}."
-            )
+        jax.eval_shape(scalar(problem, name), x, y, sample)
     return x, y
 
 
@@ -105,7 +135,11 @@ def finish(
 
     Returns:
         Hypergradient, y and what is known of them.
+
+    Raises:
+        ValueError: if y is not like its start.
     """
+    trees.check_like(y, start, "the inner solver's result", "y")
     finite_y, finite = all_finite(y), all_finite(hypergrad)
     y = jax.tree.map(lambda a, b: jnp.where(finite_y, a, b), y, start)
     hypergrad = jax.tree.map(lambda g: jnp.where(finite, g, 0), hypergrad)

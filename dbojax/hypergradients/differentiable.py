@@ -66,8 +66,9 @@ def implicit_diff(
         down makes the derivative NaN.
 
     Raises:
-        ValueError: when the solver is called, if y is not floating point, or the
-            optimality condition does not fit y.
+        ValueError: when the solver is called, if y is not floating point, the
+            optimality condition does not fit y, or there is no pair where
+            ``has_aux`` promises one.
         TypeError: if ``solve`` is of another kind.
 
     Examples:
@@ -91,6 +92,8 @@ def implicit_diff(
         def solution(x, y0, *args):
             still = jax.lax.stop_gradient((x, y0, args))
             found = jax.lax.stop_gradient(solver(still[0], still[1], *still[2]))
+            if has_aux:  # an array of length two would come apart, too
+                _check_pair(found)
             y, aux = found if has_aux else (found, None)
             y = jax.tree.map(jnp.asarray, y)
             _check(optimality, x, y, args)
@@ -100,6 +103,14 @@ def implicit_diff(
         return solution
 
     return decorate
+
+
+def _check_pair(found):
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ValueError(
+            "With `has_aux=True` the solver must return a pair (y, aux); got "
+            f"{jax.eval_shape(lambda: found)}. Write has_aux=False if there is no aux."
+        )
 
 
 def _check(optimality, x, y, args):

@@ -12,6 +12,7 @@ from dbojax import trees
 from dbojax.base import Calls, Hypergradient, Problem, Tree, by_level
 from dbojax.hypergradients.common import (
     check_positive,
+    check_state,
     cost,
     finish,
     no_state,
@@ -160,7 +161,8 @@ def penalty(
 
     def init(x, y):
         del x
-        y = jax.tree.map(jnp.asarray, y)
+        # A copy: a state may be donated.
+        y = jax.tree.map(lambda a: jnp.array(a, copy=True), y)
         return PenaltyState(y, optimizer.init(y), optimizer.init(y))
 
     def descend(x, batch, carry, scheduled):
@@ -181,7 +183,7 @@ def penalty(
         del key
         prepare(problem, x, y, batch, plain)
         x, start = prepare(problem, x, y, batch)
-        trees.check_like(state.z, start, "state.z", "y")
+        check_state(state, init, x, start)
         (y, moved), _ = jax.lax.scan(
             lambda carry, scheduled: descend(x, batch, carry, scheduled),
             (start, state),
@@ -194,9 +196,18 @@ def penalty(
         hypergrad = jax.tree.map(
             lambda f, a, b: f + trees.times(weight, a - b), f_x, at_y, at_z
         )
-        hypergrad, y, info = finish(hypergrad, y, start, value, cost(calls))
+        # Second moments that overflow stop an optimiser for ever, at a finite y.
+        sound = jnp.stack(jax.tree.leaves(jax.tree.map(_sound, moved, state))).all()
+        hypergrad, y, info = finish(hypergrad, y, start, value, cost(calls), sound)
         # A y that is not finite was put back, so its companions are too.
         state = jax.tree.map(lambda a, b: jnp.where(info.ok, a, b), moved, state)
         return hypergrad, y, state, info
 
     return Hypergradient(init, estimate, calls)
+
+
+def _sound(after: jax.Array, before: jax.Array) -> jax.Array:
+    """Whether no entry of an optimiser's memory stopped being finite."""
+    if not jnp.issubdtype(after.dtype, jnp.floating):
+        return jnp.array(True)
+    return (jnp.isfinite(after) | ~jnp.isfinite(before)).all()

@@ -85,7 +85,8 @@ def forward_gradient(
             pass through, ``while_loop`` included. It gets the key of the estimate, as
             under :func:`reverse`; the directions get :func:`direction_key` of it.
         directions: b, a multiple of ``chunk`` and, times that, of the devices.
-        chunk: directions at a time; costs memory and changes nothing else.
+        chunk: directions at a time. More cost memory and save time, as each chunk runs
+            the solver anew; the result does not depend on it.
         law: of the directions.
         guide: any cheap estimator; it gets a key of its own, and its state is carried.
         over: where directions are pushed, e.g. ``spread(mesh, "devices")``.
@@ -138,6 +139,7 @@ def forward_gradient(
         known, spent = None, cost(own)
         if guide is not None:
             rough, _, state, told = guide.estimate(guide_key(key), x, y, state, batch)
+            trees.check_like(rough, x, "the guide's hypergradient", "x")
             known = _part_along(rough, lambda x: h(key, x, start, batch), x)
             spent = jax.tree.map(jnp.add, spent, told.cost)
         args = (key, x, start, batch, known)
@@ -188,7 +190,8 @@ def forward_scalars(
         Both halves; what they return is not checked for being finite.
 
     Raises:
-        ValueError: as :func:`forward_gradient`.
+        ValueError: as :func:`forward_gradient`; from ``combine``, if w has another
+            shape.
         TypeError: if a part is of another kind.
 
     Examples:
@@ -219,6 +222,12 @@ def forward_scalars(
         return swept.coefficients, swept.aux, swept.value
 
     def mean(key, x, w):
+        if w.shape != (directions,):
+            raise ValueError(
+                f"`combine(key, x, w)` needs one coefficient for each of {directions} "
+                f"directions; got shape {w.shape}. Average those of several nodes over "
+                "the node axis first, or use `jax.vmap`."
+            )
         return trees.unravel(
             combine(w, x, _drawn(law, directions, key, x), chunk).total / directions, x
         )

@@ -105,8 +105,8 @@ def implicit(
 def cg(
     problem: Problem,
     max_steps: int = 20,
-    damping: float = 0.0,
     tol: float = 0.0,
+    damping: float = 0.0,
     inner: Inner | Solver | None = None,
     warm_start: bool = False,
 ) -> Hypergradient:
@@ -116,7 +116,7 @@ def cg(
     so, and ``damping`` helps.
 
     Args:
-        max_steps, damping, tol: as for ``linear.cg``.
+        max_steps, tol, damping: as for ``linear.cg``.
         problem, inner, warm_start: as for :func:`implicit`.
 
     Returns:

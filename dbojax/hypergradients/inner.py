@@ -83,9 +83,11 @@ def descent(
         y = jax.tree.map(jnp.asarray, y if start is None else start(key, x, y))
         return DescentState(y, optimizer.init(y))
 
+    lower = scalar(problem, "lower")
+
     def step(key, state, x, t, batch):
         del key, t
-        gradient = jax.grad(problem.lower, 1)(x, state.y, batch)
+        gradient = jax.grad(lower, 1)(x, state.y, batch)
         updates, memory = optimizer.update(gradient, state.optimizer, state.y)
         return DescentState(optax.apply_updates(state.y, updates), memory)
 
@@ -98,6 +100,28 @@ def check_count(value, name: str, factory: str, least: int = 1) -> None:
         raise ValueError(
             f"`{factory}` needs a whole number {name} >= {least}, got {value!r}."
         )
+
+
+def scalar(problem: Problem, name: str) -> Callable:
+    """One of the objectives, refused while it is traced if it cannot be derived."""
+
+    def objective(x, y, batch):
+        value = getattr(problem, name)(x, y, batch)
+        got = jax.eval_shape(lambda: value)
+        if getattr(got, "shape", None) != ():
+            raise ValueError(
+                f"`problem.{name}(x, y, batch)` must return a scalar, e.g. with "
+                f"`jnp.mean`; got {got}."
+            )
+        if not jnp.issubdtype(got.dtype, jnp.floating):
+            raise ValueError(
+                f"`problem.{name}(x, y, batch)` must return a real floating-point "
+                f"number; got {got.dtype}. Convert it, e.g. with "
+                "`.astype(jnp.float32)`."
+            )
+        return value
+
+    return objective
 
 
 def upper_batch(batch: Tree) -> Tree:
@@ -144,8 +168,19 @@ def run(
     return jax.lax.scan(body, state, schedule(batch, first, last))[0]
 
 
+def check_inner(inner: Inner | Solver) -> None:
+    """Refuse what is no inner solver."""
+    if not isinstance(inner, Inner) and not callable(inner):
+        raise TypeError(
+            "`inner` must be an Inner, e.g. `dbo.hypergradients.descent(problem, "
+            "optax.sgd(0.1), 10)`, or a function (key, x, y, batch) -> y; got "
+            f"{type(inner).__name__}."
+        )
+
+
 def solver(inner: Inner | Solver) -> Solver:
     """All steps of an inner solver as one function; a function as it is."""
+    check_inner(inner)
     if not isinstance(inner, Inner):
         return inner
 
@@ -172,6 +207,7 @@ def objective(problem: Problem, inner: Inner | Solver) -> Objective:
 
 def solve_calls(inner: Inner | Solver) -> Calls:
     """What one run of an inner solver costs."""
+    check_inner(inner)
     steps = inner.calls * inner.steps if isinstance(inner, Inner) else Calls()
     return steps + Calls(solves=1)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dbojax import trees
 from dbojax.base import Calls, Hypergradient, Problem, State, Tree
-from dbojax.hypergradients.common import cost, finish, prepare
+from dbojax.hypergradients.common import check_state, cost, finish, prepare
 from dbojax.hypergradients.directions import (
     Law,
     check_directions,
@@ -114,6 +114,7 @@ def online_forward_gradient(
 
     def estimate(key, x, y, state, batch):
         x, start = prepare(problem, x, y, batch, inner)
+        check_state(state, init, x, start)
         fresh = jax.random.bits(direction_key(key), (), jnp.uint32)
         seed = jnp.where(state.age == 0, fresh, state.seed)
         flat = jax.eval_shape(trees.ravel, x)

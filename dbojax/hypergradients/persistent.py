@@ -9,7 +9,13 @@ import jax.numpy as jnp
 
 from dbojax import trees
 from dbojax.base import Hypergradient, Problem, State
-from dbojax.hypergradients.common import cost, finish, prepare
+from dbojax.hypergradients.common import (
+    check_positive,
+    check_state,
+    cost,
+    finish,
+    prepare,
+)
 from dbojax.hypergradients.directions import (
     check_directions,
     direction_key,
@@ -25,7 +31,7 @@ from dbojax.hypergradients.episodes import (
     window,
 )
 from dbojax.hypergradients.inner import Inner, solve_calls, upper_batch
-from dbojax.hypergradients.zeroth_order import check_positive, scatter
+from dbojax.hypergradients.zeroth_order import scatter
 
 
 class PesState(NamedTuple):
@@ -92,13 +98,16 @@ def pes(
     def init(x, y):
         first = blank(inner, x, y)
         flat = trees.ravel(jax.tree.map(jnp.asarray, x))
-        particles = stacked(first, directions)
-        sums = jnp.zeros((directions, flat.size), flat.dtype)
+        # Two arrays, not one twice: a state may be donated.
+        plus, minus = stacked(first, directions), stacked(first, directions)
+        dtype = jnp.promote_types(flat.dtype, jnp.float32)
+        sums = jnp.zeros((directions, flat.size), dtype)
         zero = jnp.zeros((), jnp.int32)
-        return PesState(zero, first, (particles, particles), sums)
+        return PesState(zero, first, (plus, minus), sums)
 
     def estimate(key, x, y, state, batch):
         x, start = prepare(problem, x, y, batch, inner)
+        check_state(state, init, x, start)
         flat = trees.ravel(x)
         draw = gaussian.draw(direction_key(key), flat.size, directions, flat.dtype)
 
@@ -112,7 +121,7 @@ def pes(
         def pair(v, plus, minus, total):
             up, _, plus = play(flat + trees.times(sigma, v), plus)
             down, _, minus = play(flat - trees.times(sigma, v), minus)
-            total = v + jnp.where(state.age == 0, 0, total)
+            total = v.astype(total.dtype) + jnp.where(state.age == 0, 0, total)
             return (up - down) / (2 * sigma), plus, minus, total
 
         def few(part):
@@ -123,7 +132,8 @@ def pes(
         firsts = jnp.arange(0, directions, chunk)
         pairs = in_chunks((*state.particles, state.perturbations), chunk)
         w, plus, minus, sums = out_of_chunks(jax.lax.map(few, (firsts, *pairs)))
-        total = jnp.dot(w.astype(sums.dtype), sums, precision="highest")
+        w = w.astype(sums.dtype)
+        total = jnp.dot(w, sums, precision="highest")
         variance = scatter(total, w, jnp.sum(jnp.square(sums), axis=1))
         hypergrad, y, info = finish(
             trees.unravel(total / directions, x),

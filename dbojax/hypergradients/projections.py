@@ -102,7 +102,8 @@ def soft_threshold(v: Tree, weight: Bound) -> Tree:
         >>> soft_threshold(jnp.array([-3.0, 0.5, 2.0]), 1.0).tolist()
         [-2.0, 0.0, 1.0]
     """
-    check_positive(weight, "weight", "soft_threshold", zero=True)
+    for part in jax.tree.leaves(weight):
+        check_positive(part, "weight", "soft_threshold", zero=True)
     # v - clip(v) has no kink at v = 0, where sign and |v| would have one each.
     return jax.tree.map(lambda a, w: a - jnp.clip(a, -w, w), v, _like(weight, v))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dbojax import trees
 from dbojax.base import Calls, Hypergradient, Info, State
+from dbojax.hypergradients.common import check_state
 from dbojax.hypergradients.inner import check_count
 
 
@@ -71,6 +72,8 @@ def two_phase(first: Hypergradient, steps: int, second: Hypergradient) -> Hyperg
         )
 
     def estimate(key, x, y, state, batch):
+        check_state(state, init, x, y)
+
         def early(state):
             *found, own, info = first.estimate(key, x, y, state.first, batch)
             return *found, state._replace(first=own), info

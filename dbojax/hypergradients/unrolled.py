@@ -52,7 +52,8 @@ def reverse(problem: Problem, inner: Inner) -> Hypergradient:
 
     Raises:
         ValueError: from ``estimate``, if the variables are not floating point, the
-            upper objective is not a scalar, or ``Rounds`` are too few.
+            upper objective is not a scalar, ``Rounds`` are too few, or what the inner
+            solver starts from and returns is not like y.
         TypeError: if a part is of another kind.
 
     Examples:
@@ -148,7 +149,8 @@ def truncated(problem: Problem, inner: Inner, last: int) -> Hypergradient:
 
     Args:
         problem, inner: as for :func:`reverse`.
-        last: s, from 1 to T.
+        last: s, from 1 to T. Even with all T steps, what the start owes to x is left
+            out.
 
     Returns:
         An estimator without state, whose memory grows with s instead of T.
@@ -189,18 +191,21 @@ def forward(problem: Problem, inner: Inner | Solver, chunk: int = 8) -> Hypergra
         problem: objectives of one node.
         inner: steps, or a function ``(key, x, y, batch) -> y`` that forward mode can
             pass through, ``while_loop`` included.
-        chunk: entries at a time.
+        chunk: entries at a time; each chunk runs the solver anew.
 
     Returns:
-        An estimator without state.
+        An estimator without state. ``calls`` are those of one run of the solver, as
+        what hangs on the size of x is not known before; ``info.cost`` tells all.
 
     Raises:
         ValueError: if ``chunk`` is not a whole number, at least one; from
             ``estimate``, as :func:`reverse`.
+        TypeError: if a part is of another kind.
 
     References:
         Franceschi, Donini, Frasconi and Pontil (2017), arXiv:1703.01785.
     """
+    trees.check_type(problem, Problem, "problem", "dbo.Problem(upper=f, lower=g)")
     check_count(chunk, "chunk", "forward")
     h = objective(problem, inner)
 
@@ -214,7 +219,8 @@ def forward(problem: Problem, inner: Inner | Solver, chunk: int = 8) -> Hypergra
         width = min(chunk, flat.size)
         count = -(-flat.size // width) * width
         swept = sweep(lambda x: h(key, x, start, batch), x, basis, count, width)
-        calls = solve_calls(inner) + Calls(tangents=flat.size * num_steps(inner))
+        calls = solve_calls(inner) * (count // width)
+        calls = calls + Calls(tangents=flat.size * num_steps(inner))
         hypergrad, y, info = finish(
             trees.unravel(swept.total, x), swept.aux, start, swept.value, cost(calls)
         )

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 
 from dbojax import trees
 from dbojax.base import Hypergradient, Problem, Tree
-from dbojax.hypergradients.common import cost, finish, no_state, prepare
+from dbojax.hypergradients.common import (
+    check_positive,
+    cost,
+    finish,
+    no_state,
+    prepare,
+)
 from dbojax.hypergradients.directions import (
     Law,
     check_directions,
@@ -80,7 +86,7 @@ def zeroth_order(
         step: :math:`\mu`.
         difference: ``one_sided`` or ``central``.
         law: of the directions.
-        chunk: directions at a time; costs memory and changes nothing else.
+        chunk: directions at a time; costs memory, the result does not depend on it.
 
     Returns:
         An estimator without state; ``info.variance`` leaves out the bias.
@@ -182,12 +188,6 @@ def antithetic_es(
     check_positive(sigma, "sigma", "antithetic_es")
     parts = problem, inner, directions, sigma, central, gaussian, chunk, _scatter
     return _differences("antithetic_es", *parts)
-
-
-def check_positive(value, name: str, factory: str) -> None:
-    """Refuse a number that is not positive, unless it is traced."""
-    if isinstance(value, float | int) and not 0 < value < float("inf"):
-        raise ValueError(f"`{factory}` needs {name} > 0 and finite, got {value!r}.")
 
 
 def scatter(total: jax.Array, w: jax.Array, squares: jax.Array) -> jax.Array:

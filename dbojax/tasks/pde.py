@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dbojax import trees
 from dbojax.base import Problem
 from dbojax.tasks.spectral import Equation, check_precision, solve
 
@@ -80,6 +81,7 @@ def pde_coefficient(
     Raises:
         ValueError: if a size does not fit, the data are not finer than the solver, or
             JAX would compute in float32.
+        TypeError: if ``equation`` is of another kind.
 
     Examples:
         >>> task = pde_coefficient(dbo.tasks.spectral.kdv(), points=72, steps=90)
@@ -94,6 +96,7 @@ def pde_coefficient(
         and the definition of ``eps_u`` are ours.
     """
     check_precision("pde_coefficient")
+    trees.check_type(equation, Equation, "equation", "dbo.tasks.spectral.kdv()")
     points = equation.points if points is None else points
     steps = equation.steps if steps is None else steps
     if points % (2 * FRAMES) or steps % FRAMES:

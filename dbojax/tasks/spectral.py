@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dbojax import trees
+
 # Values on a grid and its wave numbers are functions of these; both are (m,) or (k,).
 Function = Callable[[jax.Array], jax.Array]
 
@@ -156,6 +158,7 @@ def solve(
     Raises:
         ValueError: if a size does not fit, ``nu`` is not a scalar, or JAX would
             compute in float32, in which the coefficients of the steps cancel.
+        TypeError: if ``equation`` is of another kind.
 
     Examples:
         >>> u = solve(kdv(), nu=0.01, points=64, steps=100)
@@ -165,6 +168,7 @@ def solve(
     References:
         Kassam and Trefethen (2005), doi:10.1137/S1064827502410633, eq. 2.5, 2.6, 3.1.
     """
+    trees.check_type(equation, Equation, "equation", "dbo.tasks.spectral.kdv()")
     points = equation.points if points is None else points
     steps = equation.steps if steps is None else steps
     _check(nu, points, steps, frames)
