@@ -240,6 +240,7 @@ class Hypergradient(NamedTuple):
     # (key, x, y, state, batch) -> (hypergradient, y, state, info)
     estimate: Callable[..., tuple[Tree, Tree, State, Info]]
     calls: Calls = Calls()  # what one estimate costs, at most
+    guides: int = 0  # estimators in a row behind it that get the same key
 
 
 class Consensus(NamedTuple):

@@ -159,12 +159,12 @@ def test_short_floats_stay_finite(name, dtype, key):
     np.testing.assert_allclose(squares, 1, rtol=0.05 if name != "gaussian" else 0.9)
 
 
-def test_keys_of_solver_directions_and_guide_differ(key):
-    keys = [key, directions.direction_key(key), directions.guide_key(key)]
-    keys += [*jax.random.split(key), jax.random.fold_in(key, 0)]
-    drawn = {int(jax.random.bits(k)) for k in keys[:3]}
-    assert len(drawn) == 3
-    assert drawn.isdisjoint({int(jax.random.bits(k)) for k in keys[3:]})
+def test_keys_of_solver_directions_and_guides_differ(key):
+    own = [directions.direction_key(key, guides) for guides in range(3)]
+    keys = [key, *own, *jax.random.split(key), jax.random.fold_in(key, 0)]
+    drawn = {int(jax.random.bits(k)) for k in keys[:4]}
+    assert len(drawn) == 4
+    assert drawn.isdisjoint({int(jax.random.bits(k)) for k in keys[4:]})
 
 
 @pytest.mark.parametrize("name", ["orthogonal", "without_replacement"])

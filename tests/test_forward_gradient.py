@@ -265,11 +265,43 @@ def test_a_guide_takes_its_part_out_of_the_error(cosine, key):
 def test_a_guide_of_zero_changes_nothing(key, batch):
     inner = descent(PROBLEM, optax.sgd(0.2), T)
     zero = fixed_guide(jax.tree.map(jnp.zeros_like, X))
-    plain, guided = (
-        estimate(forward_gradient(PROBLEM, inner, 4, 2, guide=g), key, batch=batch)[0]
-        for g in (None, zero)
-    )
-    close(plain, guided)
+    exact = estimate(reverse(PROBLEM, inner), key, batch=batch)[0]
+    guided = estimate(
+        forward_gradient(PROBLEM, inner, 4, 2, guide=zero), key, batch=batch
+    )[0]
+    own = directions.direction_key(key, guides=1)
+    v = directions.rademacher.draw(own, SIZE, 4, jnp.float64)(jnp.arange(4))
+    close(dbo.trees.ravel(guided), (v @ dbo.trees.ravel(exact)) @ v / 4)
+
+
+def test_a_guide_sees_the_same_inner_randomness(key):
+    n = 40
+    problem = dbo.Problem(lambda x, y, batch: y @ jnp.sin(x), None)
+
+    def random_solver(key, x, y, batch):
+        return jax.random.normal(key, (n,))
+
+    guide = dbo.hypergradients.forward(problem, random_solver, chunk=n)
+    hyper = forward_gradient(problem, random_solver, 1, 1, guide=guide)
+    found, *_ = estimate(hyper, key, jnp.ones(n), jnp.zeros(n))
+    exact, *_ = estimate(guide, key, jnp.ones(n), jnp.zeros(n))
+    close(found, exact)
+
+
+def test_guides_of_guides_draw_directions_of_their_own(key):
+    n = 6
+    g = jnp.arange(1.0, n + 1)
+    problem = dbo.Problem(lambda x, y, batch: g @ x, None)
+    hyper = None
+    for _ in range(3):
+        hyper = forward_gradient(problem, lambda key, x, y, b: y, 1, 1, guide=hyper)
+    x = jnp.zeros(n)
+
+    def one(key):
+        return hyper.estimate(key, x, x, hyper.init(x, x), None)[0]
+
+    found = jax.jit(jax.vmap(one))(jax.random.split(key, 4000))
+    assert within(found, g)
 
 
 def until_still(key, x, y, batch):

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 # Numbers (r,) of directions -> those directions, (r, N), as `trees.ravel` orders x.
 Draw = Callable[[jax.Array], jax.Array]
 
-# Far from the small numbers by which solvers fold their keys, or split them.
-_DIRECTIONS, _GUIDE = 0x6469_7265, 0x6775_6964
+_DIRECTIONS = 0x6469_7265  # far from the small numbers by which solvers fold keys
 
 
 class Law(NamedTuple):
@@ -28,18 +27,22 @@ class Law(NamedTuple):
     orthogonal: bool = False  # whether the directions of one sample are
 
 
-def direction_key(key: jax.Array) -> jax.Array:
+def direction_key(key: jax.Array, guides: int = 0) -> jax.Array:
     """The key of the directions of an estimate.
 
     The inner solver gets the key of the estimate itself, as under estimators that draw
-    no directions, so all of them see the same inner randomness.
+    no directions, so all of them see the same inner randomness. So does a guide, whose
+    directions must yet be others than those of the estimate that it guides.
+
+    Args:
+        key: of the estimate.
+        guides: how many guides in a row stand behind it.
+
+    Returns:
+        A key.
     """
-    return jax.random.fold_in(key, _DIRECTIONS)
-
-
-def guide_key(key: jax.Array) -> jax.Array:
-    """The key of the estimator that guides an estimate, independent of its own."""
-    return jax.random.fold_in(key, _GUIDE)
+    own = jax.random.fold_in(key, _DIRECTIONS)
+    return jax.random.fold_in(own, guides) if guides else own
 
 
 def _independent(one: Callable[[jax.Array, int, Any], jax.Array]) -> Law:

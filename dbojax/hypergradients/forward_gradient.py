@@ -17,7 +17,6 @@ from dbojax.hypergradients.directions import (
     Law,
     check_directions,
     direction_key,
-    guide_key,
     rademacher,
     sample_variance,
 )
@@ -88,7 +87,8 @@ def forward_gradient(
         chunk: directions at a time. More cost memory and save time, as each chunk runs
             the solver anew; the result does not depend on it.
         law: of the directions.
-        guide: any cheap estimator; it gets a key of its own, and its state is carried.
+        guide: any cheap estimator; it sees the same inner randomness, draws directions
+            of its own, and its state is carried.
         over: where directions are pushed, e.g. ``spread(mesh, "devices")``.
 
     Returns:
@@ -123,22 +123,25 @@ def forward_gradient(
     check_directions(directions, chunk, over.devices, "forward_gradient")
     if guide is not None:
         trees.check_type(guide, Hypergradient, "guide", "truncated(...)")
-    h = objective(problem, inner)
+    h, guides = objective(problem, inner), 0 if guide is None else guide.guides + 1
+
+    def drawn(key, x):
+        return _drawn(law, directions, direction_key(key, guides), x)
 
     def part(first, count, args):
         key, x, start, batch, known = args
         left = _without(lambda x: h(key, x, start, batch), x, known)
-        return sweep(left, x, _drawn(law, directions, key, x), count, chunk, first)
+        return sweep(left, x, drawn(key, x), count, chunk, first)
 
     def recombine(w, args):
         key, x, *_ = args
-        return combine(w, x, _drawn(law, directions, key, x), chunk)
+        return combine(w, x, drawn(key, x), chunk)
 
     def estimate(key, x, y, state, batch):
         x, start = prepare(problem, x, y, batch, inner)
         known, spent = None, cost(own)
         if guide is not None:
-            rough, _, state, told = guide.estimate(guide_key(key), x, y, state, batch)
+            rough, _, state, told = guide.estimate(key, x, y, state, batch)
             trees.check_like(rough, x, "the guide's hypergradient", "x")
             known = _part_along(rough, lambda x: h(key, x, start, batch), x)
             spent = jax.tree.map(jnp.add, spent, told.cost)
@@ -162,7 +165,7 @@ def forward_gradient(
     if guide is None:
         return Hypergradient(no_state, estimate, own)
     own = own + _calls(inner, 1, 1)
-    return Hypergradient(guide.init, estimate, own + guide.calls)
+    return Hypergradient(guide.init, estimate, own + guide.calls, guides)
 
 
 def forward_scalars(
@@ -215,7 +218,7 @@ def forward_scalars(
         swept = sweep(
             lambda x: h(key, x, start, batch),
             x,
-            _drawn(law, directions, key, x),
+            _drawn(law, directions, direction_key(key), x),
             directions,
             chunk,
         )
@@ -229,7 +232,9 @@ def forward_scalars(
                 "the node axis first, or use `jax.vmap`."
             )
         return trees.unravel(
-            combine(w, x, _drawn(law, directions, key, x), chunk).total / directions, x
+            combine(w, x, _drawn(law, directions, direction_key(key), x), chunk).total
+            / directions,
+            x,
         )
 
     return ForwardGradient(
@@ -252,7 +257,7 @@ def _calls(inner: Inner | Solver, directions: int, chunk: int) -> Calls:
 
 def _drawn(law: Law, directions: int, key: jax.Array, x: Tree) -> Draw:
     flat = jax.eval_shape(trees.ravel, x)
-    return law.draw(direction_key(key), flat.size, directions, flat.dtype)
+    return law.draw(key, flat.size, directions, flat.dtype)
 
 
 def _part_along(rough: Tree, h: Pass, x: Tree) -> jax.Array:

@@ -89,7 +89,8 @@ def two_phase(first: Hypergradient, steps: int, second: Hypergradient) -> Hyperg
         return hypergrad, y, state._replace(done=done), info
 
     counts = (dataclasses.astuple(part.calls) for part in (first, second))
-    return Hypergradient(init, estimate, Calls(*map(max, *counts)))
+    calls, guides = Calls(*map(max, *counts)), max(first.guides, second.guides)
+    return Hypergradient(init, estimate, calls, guides)
 
 
 def _reporting(phase, infos: list[Info]):
