@@ -25,3 +25,7 @@ bench:
 	$(PYTHON) benchmarks/run_overhead.py
 	$(PYTHON) benchmarks/reproduce/cdadam.py
 	$(PYTHON) benchmarks/reproduce/csoba.py
+	$(PYTHON) benchmarks/hypergradients.py
+	for part in depth accuracy devices pde condensation few_shot language; do \
+		$(PYTHON) benchmarks/reproduce/fg2u/$$part.py || exit 1; \
+	done
