@@ -131,7 +131,7 @@ def finish(
         cost: what the estimate called.
         ok: whether the estimator met no other trouble.
         residual: of the linear system, relative.
-        variance: of the estimate, from its sample.
+        variance: of the estimate, from its sample; infinite if it is not finite.
 
     Returns:
         Hypergradient, y and what is known of them.
@@ -144,4 +144,6 @@ def finish(
     y = jax.tree.map(lambda a, b: jnp.where(finite_y, a, b), y, start)
     hypergrad = jax.tree.map(lambda g: jnp.where(finite, g, 0), hypergrad)
     ok = jnp.isfinite(value) & finite_y & finite & ok
+    if variance is not None:  # nothing is known of what is not a number
+        variance = jnp.where(jnp.isfinite(variance), variance, jnp.inf)
     return hypergrad, y, Info(value, ok, cost, residual, variance)

@@ -157,7 +157,7 @@ def forward_gradient(
             start,
             swept.value,
             spent,
-            variance=jnp.where(jnp.isfinite(variance), variance, jnp.inf),
+            variance=variance,
         )
         return hypergrad, y, state, info
 

@@ -154,7 +154,7 @@ def online_forward_gradient(
             start,
             value,
             cost(calls),
-            variance=jnp.where(jnp.isfinite(variance), variance, jnp.inf),
+            variance=variance,
         )
         state = OnlineState(aged(state.age, episode, info.ok), seed, whole, tangents)
         return hypergrad, y, state, info

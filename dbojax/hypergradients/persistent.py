@@ -141,7 +141,7 @@ def pes(
             start,
             value,
             cost(calls),
-            variance=jnp.where(jnp.isfinite(variance), variance, jnp.inf),
+            variance=variance,
         )
         age = aged(state.age, episode, info.ok)
         return hypergrad, y, PesState(age, whole, (plus, minus), sums), info

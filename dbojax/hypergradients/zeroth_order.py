@@ -249,7 +249,7 @@ def _differences(
             start,
             value,
             cost(calls),
-            variance=jnp.where(jnp.isfinite(error), error, jnp.inf),
+            variance=error,
         )
         return hypergrad, y, state, info
 
