@@ -103,14 +103,14 @@ def aggregated(value, parts, level, moves, gamma, divide_by=None):
     return new
 
 
-def local_steps(client, part, start, directions, steps):
+def local_steps(client, part, start, directions, steps, radius=np.inf):
     """K steps of all three variables at once, each from the old point."""
     x, y, z = start
     for _ in range(part.steps):
-        d_x, d_y, d_z = directions(client, x, y, part.y * z)
+        d_x, d_y, d_z = directions(client, x, y, z)
         x = x - steps[0] * part.x * d_x
         y = y - steps[1] * part.y * d_y
-        z = z - steps[2] * part.y * d_z
+        z = projected(z - steps[2] * part.y * d_z, radius)
     return x, y, z
 
 
@@ -193,12 +193,11 @@ def rabo(
             begin = (x, y[i], z[i]) if keep else (m_x * x, m_y * y[i], m_y * z[i])
             moved = inner_steps(client, part, begin[0], begin[1], steps[1], inner)
             at = (begin[0], moved, begin[2])
-            end = local_steps(client, part, at, directions, steps)
+            end = local_steps(client, part, at, directions, steps, radius)
             moves.append((begin[0] - end[0]) / scale)
             # Entries outside the mask wait at full width for a round that trains them.
             y[i] = np.where(m_y == 1, end[1], y[i])
-            kept = projected(np.where(m_y == 1, end[2], 0), radius)
-            z[i] = np.where(m_y == 1, kept, z[i])
+            z[i] = np.where(m_y == 1, end[2], z[i])
         x = aggregated(x, parts, "x", moves, server_step, divide_by)
         path.append((x, y, z))
     return path
@@ -282,31 +281,43 @@ def fednest(
     x, y = (np.array(v, float) for v in start[:2])
     path = [(x, y)]
     for parts in rounds:
-        here = [clients[part.client] for part in parts]
+        here = [(clients[part.client], part) for part in parts]
+
+        def mean(level, answers, old=0.0, parts=parts):
+            masks = [getattr(part, level) for part in parts]
+            total = sum(m * a for m, a in zip(masks, answers, strict=True))
+            count = sum(masks)
+            return np.where(count > 0, total / np.maximum(count, 1), old)
+
         for _ in range(inner_rounds):
-            mean = np.mean([c.lower(x, y)[1] for c in here], 0)
+            slope = mean("y", [c.lower(p.x * x, p.y * y)[1] for c, p in here])
             ends = []
-            for c in here:
-                y_i, own = y, c.lower(x, y)[1]
+            for c, p in here:
+                y_i = begin = p.y * y
+                own = c.lower(p.x * x, begin)[1]
                 for _ in range(inner_steps):
-                    slope = c.lower(x, y_i)[1]
-                    y_i = y_i - lower_step * (slope - own + mean if reduced else slope)
+                    step = c.lower(p.x * x, y_i)[1]
+                    step = step - own + slope if reduced else step
+                    y_i = y_i - lower_step * p.y * step
                 ends.append(y_i)
-            y = np.mean(ends, 0)
-        term = np.mean([c.upper(x, y)[1] for c in here], 0)
+            y = mean("y", ends, y)
+        held = [(c, p, p.x * x, p.y * y) for c, p in here]
+        term = mean("y", [c.upper(x_i, y_i)[1] for c, _, x_i, y_i in held])
         total = term
         for _ in range(terms):
-            products = [c.products(x, y, term)[1] for c in here]
-            term = term - linear_step * np.mean(products, 0)
+            products = [c.products(a, b, p.y * term)[1] for c, p, a, b in held]
+            term = term - linear_step * mean("y", products)
             total = total + term
         z = linear_step * total
-        h = np.mean([c.upper(x, y)[0] - c.products(x, y, z)[0] for c in here], 0)
-        ends = []
-        for c in here:
-            x_i, own = x, c.upper(x, y)[0]
+        answers = [
+            c.upper(a, b)[0] - c.products(a, b, p.y * z)[0] for c, p, a, b in held
+        ]
+        h, ends = mean("x", answers), []
+        for c, p, begin, y_i in held:
+            x_i, own = begin, c.upper(begin, y_i)[0]
             for _ in range(outer_steps):
-                x_i = x_i - upper_step * (c.upper(x_i, y)[0] - own + h)
+                x_i = x_i - upper_step * p.x * (c.upper(x_i, y_i)[0] - own + h)
             ends.append(x_i)
-        x = np.mean(ends, 0)
+        x = mean("x", ends, x)
         path.append((x, y))
     return path
