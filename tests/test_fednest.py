@@ -4,11 +4,12 @@ import jax
 import pytest
 import reference_federated as twin
 from test_rabo_reference import (
+    ALL,
     DX,
     DY,
     ROUNDS,
-    SOME,
     STEPS,
+    TWO,
     N,
     a,
     check,
@@ -39,11 +40,10 @@ CASES = {
 def test_fednest(task, case):
     reduced, settings = CASES[case]
     clients = twin.toy_clients(task)
-    fleet = fleet_of(task, capacities=[1.0] * N)
+    fleet = fleet_of(task)
     rounds = [twin.full_round(clients, DX, DY)] * ROUNDS
     if reduced:
-        fleet = fleet_of(task, "random", participants=SOME)
-        rounds = rounds_of("random", some=True)
+        fleet, rounds = fleet_of(task, TWO, "random"), rounds_of("random", TWO)
     # The toy's clients keep rows of data for units that they do not hold.
     method = a.fednest(
         task.problem, fleet, **STEPS, reduced=reduced, extracted=False, **settings
@@ -68,7 +68,7 @@ def test_fednest(task, case):
 
 
 def test_bad_numbers_of_steps(task):
-    fleet = fleet_of(task, capacities=[1.0] * N)
+    fleet = fleet_of(task)
     with pytest.raises(ValueError, match="`terms` is a whole number, at least 0"):
         a.fednest(task.problem, fleet, **STEPS, terms=-1)
     with pytest.raises(ValueError, match="`inner_steps` is a whole number"):
@@ -85,7 +85,7 @@ def test_samples_are_drawn_anew_for_each_local_step(task):
         jax.debug.callback(note, jax.random.key_data(key))
         return data
 
-    fleet = fleet_of(task, capacities=[1.0] * N, participants=1)
+    fleet = fleet_of(task, (ALL[0], ((1.0, 1),)))
     settings = {"inner_rounds": 2, "inner_steps": 2, "terms": 1, "outer_steps": 3}
     method = a.fednest(task.problem, fleet, **STEPS, sample=sample, **settings)
     state = method.init(task.x0[None], task.y0[None])

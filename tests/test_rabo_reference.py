@@ -12,8 +12,10 @@ from dbojax import submodels
 
 a = dbo.algorithms
 N, DX, DY, ROUNDS, WIDTH = 6, 8, 6, 5, 1e-3
-CAPACITIES = [1.0, 0.5, 1.0, 0.5, 0.3, 0.5]  # three levels: of 2, 3 and 1 clients
-SOME = {1.0: 1, 0.5: 2, 0.3: 1}
+# Levels of 2, 3 and 1 clients, and of 2 and 4; how many of them take part.
+THREE = (1.0, 0.5, 1.0, 0.5, 0.3, 0.5), ((1.0, 1), (0.5, 2), (0.3, 1))
+TWO = (0.5, 1.0, 0.5, 0.5, 1.0, 0.5), ((1.0, 1), (0.5, 3))
+ALL = (1.0,) * N, ((1.0, N),)
 STEPS = {"upper_step": 0.05, "lower_step": 0.1, "linear_step": 0.08}
 OWN = tuple(STEPS.values())
 RULES = {
@@ -33,9 +35,10 @@ def clients(task):
     return twin.toy_clients(task)
 
 
-def fleet_of(task, rule="static", capacities=CAPACITIES, participants=None):
+def fleet_of(task, clients=ALL, rule="static"):
     layout = submodels.coordinates(task.x0, task.y0)
-    return submodels.fleet(layout, capacities, RULES[rule], participants)
+    capacities, participants = clients
+    return submodels.fleet(layout, capacities, RULES[rule], dict(participants))
 
 
 def starts(task):
@@ -60,11 +63,10 @@ def path_of(method, task, x, y):
 
 
 @functools.cache
-def drawn(rule, some):
+def drawn(rule, clients):
     """Who takes part with which masks, read off the draws: one list per round."""
     task = dbo.tasks.federated_toy(n=N, dx=DX, dy=DY)
-    fleet = fleet_of(task, rule, participants=SOME if some else None)
-    found = []
+    fleet, found = fleet_of(task, clients, rule), []
 
     @jax.jit
     def masks(key, turn):
@@ -87,15 +89,17 @@ def drawn(rule, some):
     return found
 
 
-def rounds_of(rule, some=False, local_steps=1):
-    counts = [local_steps] * 3 if isinstance(local_steps, int) else local_steps
+def rounds_of(rule, clients, local_steps=1):
+    counts = local_steps
+    if isinstance(local_steps, int):
+        counts = [local_steps] * len(clients[1])
     return [
         [
             twin.Part(int(i), m_x.astype(float), m_y.astype(float), count)
             for (who, x, y), count in zip(levels, counts, strict=True)
             for i, m_x, m_y in zip(who, x, y, strict=True)
         ]
-        for levels in drawn(rule, some)
+        for levels in drawn(rule, clients)
     ]
 
 
@@ -117,18 +121,17 @@ def check(states, path, names="xyz"):
 
 
 RAFBO = {
-    "everyone, static": ("static", False, 1, {}, {}),
-    "some, staggered, unlike steps": (
+    "three levels, unlike steps": (
+        THREE,
         "staggered",
-        True,
         (1, 2, 3),
         {"normalise": True, "radius": 0.7, "server_steps": (0.9, 1.1, 0.8)},
         {"normalise": True, "radius": 0.7, "server_steps": (0.9, 1.1, 0.8)},
     ),
     "keep, divided by all": (
+        TWO,
         "random",
-        True,
-        3,
+        1,
         {"keep": True, "divide_by": a.everyone, "inner_steps": 2},
         {"keep": True, "divide_by": 4, "inner": 2},
     ),
@@ -137,11 +140,10 @@ RAFBO = {
 
 @pytest.mark.parametrize("case", RAFBO)
 def test_rafbo(task, clients, case):
-    rule, some, local_steps, settings, twins = RAFBO[case]
-    fleet = fleet_of(task, rule, participants=SOME if some else None)
+    who, rule, local_steps, settings, twins = RAFBO[case]
     method = a.rafbo(
         task.problem,
-        fleet,
+        fleet_of(task, who, rule),
         **STEPS,
         perturbation=WIDTH,
         local_steps=local_steps,
@@ -150,7 +152,7 @@ def test_rafbo(task, clients, case):
     )
     x, y = starts(task)
     states, metrics = path_of(method, task, x, y)
-    rounds = rounds_of(rule, some, local_steps)
+    rounds = rounds_of(rule, who, local_steps)
     path = twin.rafbo(
         clients,
         (x, y.mean(0), np.zeros(DY)),
@@ -166,23 +168,16 @@ def test_rafbo(task, clients, case):
 
 
 RABO = {
-    "some, staggered, inner steps": (
-        "staggered",
-        True,
+    "inner steps": (
+        TWO,
+        "random",
         1,
         {"inner_steps": 2, "radius": 0.5},
         {"inner": 2, "radius": 0.5},
     ),
-    "masked, random, unlike steps": (
-        "random",
-        False,
-        (1, 3, 2),
-        {"normalise": True, "divide_by": a.everyone},
-        {"normalise": True, "divide_by": N},
-    ),
     "keep": (
+        TWO,
         "static",
-        True,
         3,
         {"keep": True, "radius": 0.4},
         {"keep": True, "radius": 0.4},
@@ -192,11 +187,10 @@ RABO = {
 
 @pytest.mark.parametrize("case", RABO)
 def test_rabo(task, clients, case):
-    rule, some, local_steps, settings, twins = RABO[case]
-    fleet = fleet_of(task, rule, participants=SOME if some else None)
+    who, rule, local_steps, settings, twins = RABO[case]
     method = a.rabo(
         task.problem,
-        fleet,
+        fleet_of(task, who, rule),
         **STEPS,
         perturbation=WIDTH,
         local_steps=local_steps,
@@ -205,25 +199,25 @@ def test_rabo(task, clients, case):
     )
     x, y = starts(task)
     states, _ = path_of(method, task, x, y)
+    rounds = rounds_of(rule, who, local_steps)
     path = twin.rabo(
         clients,
         (x, y, np.zeros((N, DY))),
-        rounds_of(rule, some, local_steps),
+        rounds,
         directions=twin.difference(WIDTH),
         steps=OWN,
         **twins,
     )
     check(states, path)
-    if some:
-        present = {part.client for part in rounds_of(rule, some)[0]}
-        absent = [i for i in range(N) if i not in present]
-        np.testing.assert_array_equal(states.y[0, absent], y[absent])
+    absent = sorted(set(range(N)) - {part.client for part in rounds[0]})
+    assert absent
+    np.testing.assert_array_equal(states.y[0, absent], y[absent])
 
 
 def test_full_masks_are_simfbo_with_differences(task, clients):
     rafbo = a.rafbo(
         task.problem,
-        fleet_of(task, capacities=[1.0] * N),
+        fleet_of(task),
         **STEPS,
         perturbation=WIDTH,
         local_steps=2,

@@ -33,7 +33,7 @@ def at_start(task):
 def test_simfbo(task):
     method = a.simfbo(
         task.problem,
-        fleet_of(task, capacities=[1.0] * N),
+        fleet_of(task),
         **STEPS,
         local_steps=3,
         server_steps=(0.9, 1.1, 0.8),
@@ -57,7 +57,7 @@ def test_simfbo(task):
 
 def unlike(task):
     """Clients of full size in two levels: just below 1 nothing is cut either."""
-    fleet = fleet_of(task, capacities=[1.0, 0.99, 1.0, 0.99, 0.99, 0.99])
+    fleet = fleet_of(task, ((1.0, 0.99, 1.0, 0.99, 0.99, 0.99), ((1.0, 2), (0.99, 4))))
     assert not any(level.kept for level in fleet.levels)
     return fleet
 

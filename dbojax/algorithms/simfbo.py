@@ -71,7 +71,7 @@ def simfbo(
         >>> method = simfbo(task.problem, full, upper_step=0.1, lower_step=0.1)
         >>> state = method.init(task.x0[None], task.y0[None])
         >>> _, metrics = jax.jit(method.step)(jax.random.key(0), state, task.batch)
-        >>> metrics.traffic.message == 4 * (4 + 2 * 2)
+        >>> metrics.traffic.message == state.x.dtype.itemsize * (4 + 2 * 2)
         True
 
     References:
