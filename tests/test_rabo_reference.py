@@ -18,6 +18,7 @@ TWO = (0.5, 1.0, 0.5, 0.5, 1.0, 0.5), ((1.0, 1), (0.5, 3))
 ALL = (1.0,) * N, ((1.0, N),)
 STEPS = {"upper_step": 0.05, "lower_step": 0.1, "linear_step": 0.08}
 OWN = tuple(STEPS.values())
+FAST = {"xla_backend_optimization_level": 0}  # for compiling, of which there is more
 RULES = {
     "static": submodels.static(),
     "staggered": submodels.staggered(),
@@ -58,8 +59,8 @@ def path_of(method, task, x, y):
         state, metrics = method.step(key, state, task.batch)
         return state, (state, metrics)
 
-    start = method.init(x[None], y)
-    return jax.jit(lambda s, keys: jax.lax.scan(step, s, keys)[1])(start, keys())
+    run = jax.jit(lambda s, keys: jax.lax.scan(step, s, keys)[1], compiler_options=FAST)
+    return run(method.init(x[None], y), keys())
 
 
 @functools.cache
