@@ -1,0 +1,1 @@
+"""Which part of x and y a client holds."""
