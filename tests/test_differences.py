@@ -406,6 +406,8 @@ def test_short_floats_are_refused(dtype):
         for x, y in ((bad, good), (good, {"a": good, "b": bad})):
             with pytest.raises(ValueError, match=r"must be float32 or float64; got"):
                 make(problem).directions(None, x, y, y, (), None)
+            with pytest.raises(ValueError, match=r"must be float32 or float64; got"):
+                make(problem).init(x, y)
 
 
 def test_radius_of_float32_keeps_four_digits():

@@ -64,8 +64,8 @@ def finite_difference(
         counts what a phase needs that moves all three.
 
     Raises:
-        ValueError: if ``radius`` is not positive; from ``directions``, if a variable is
-            shorter than float32.
+        ValueError: if ``radius`` is not positive; from ``init`` and ``directions``, if
+            a variable is shorter than float32.
         TypeError: if ``problem`` is of another kind.
 
     Examples:
@@ -84,7 +84,7 @@ def finite_difference(
     check_positive(radius, "radius", "finite_difference")
 
     def init(x, y):
-        del x
+        check_precision(x, y, "finite_difference")
         return jax.tree.map(jnp.zeros_like, y), ()
 
     def directions(key, x, y, z, memory, batch):
@@ -152,8 +152,8 @@ def one_step_difference(
         An oracle whose ``z`` is an unused scalar.
 
     Raises:
-        ValueError: if a setting is not positive; from ``directions``, if a variable is
-            shorter than float32.
+        ValueError: if a setting is not positive; from ``init`` and ``directions``, if a
+            variable is shorter than float32.
         TypeError: if ``problem`` is of another kind.
 
     Examples:
@@ -173,7 +173,7 @@ def one_step_difference(
     check_positive(radius, "radius", "one_step_difference")
 
     def init(x, y):
-        del x, y
+        check_precision(x, y, "one_step_difference")
         return jnp.zeros(()), ()
 
     def directions(key, x, y, z, memory, batch):
@@ -226,8 +226,8 @@ def perturbed(problem: Problem, delta: float | jax.Array) -> Oracle:
         An oracle whose ``z`` is a lower variable too and starts at ``y``.
 
     Raises:
-        ValueError: if ``delta`` is not positive; from ``directions``, if a variable is
-            shorter than float32.
+        ValueError: if ``delta`` is not positive; from ``init`` and ``directions``, if a
+            variable is shorter than float32.
         TypeError: if ``problem`` is of another kind.
 
     Examples:
@@ -247,7 +247,7 @@ def perturbed(problem: Problem, delta: float | jax.Array) -> Oracle:
     check_positive(delta, "delta", "perturbed")
 
     def init(x, y):
-        del x
+        check_precision(x, y, "perturbed")
         return jax.tree.map(jnp.asarray, y), ()
 
     def directions(key, x, y, z, memory, batch):

@@ -196,11 +196,11 @@ def reading(measured, wrong):
         "",
         "An exact product needs no radius and is right to the last digits, in about",
         "the time of the two gradients of a difference. So a difference must be",
-        "justified: by the memory of a single pass, which counts where y is the network",
-        "and hardly where y is a head, or by a g that can be differentiated once only.",
-        "It wants a g that is smooth in y: behind layers of y, rectifiers leave an error",
-        "at every radius, since a shorter step crosses fewer kinks and is divided by",
-        "less.",
+        "justified: by the memory of a single pass, which counts where y is the",
+        "network and hardly where y is a head, or by a g that can be differentiated",
+        "once only. It wants a g that is smooth in y: behind layers of y, rectifiers",
+        "leave an error at every radius, since a shorter step crosses fewer kinks and",
+        "is divided by less.",
     ]
 
 
