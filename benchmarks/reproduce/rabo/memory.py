@@ -38,6 +38,7 @@ BOTH = "finite difference, both sides at once"
 ONE = "finite difference, one pass at a time"
 SOBA = "exact products, `oracles.soba`"
 FORWARD = "exact products, forward over reverse, f after g"
+COMPARED = BOTH, ONE, f"{ONE}, reused", SOBA, FORWARD
 
 
 def forward_over_reverse(problem):
@@ -185,23 +186,33 @@ def reading(measured, wrong):
 
     held = max(each[BOTH][0] for each in found)
     return [
-        f"What to read off it; {' / '.join(measured)}, in multiples of one plain",
-        f"gradient of g in x and y. Memory: a finite difference takes {of(BOTH)} with",
-        f"both sides at once (at most 2.2: {'yes' if held <= 2.2 else 'NO'}) and",
-        f"{of(ONE)} one pass at a time. Exact products take {of(SOBA)} as",
-        f"`oracles.soba` has them, and {of(FORWARD)} forward over reverse with the",
-        f"pass of f after it. Time: {of(BOTH, 1)} and {of(ONE, 1)} for the differences",
-        f"(four passes; three with the reused gradient), {of(SOBA, 1)} and",
-        f"{of(FORWARD, 1)} for the exact products. Error at r = 0.01: {off(0.01)}.",
+        f"What to read off it, for {' / '.join(measured)}, in multiples of one plain",
+        "gradient of g in x and y:",
+        "",
+        "| | memory | time |",
+        "| --- | --- | --- |",
+        *(f"| {name} | {of(name)} | {of(name, 1)} |" for name in COMPARED),
+        "",
+        "A finite difference with both sides at once stays below 2.2 times the memory:",
+        f"{'yes' if held <= 2.2 else 'NO'}. Its error at r = 0.01 is {off(0.01)}.",
         "",
         "An exact product needs no radius and is right to the last digits, in about",
         "the time of the two gradients of a difference. So a difference must be",
         "justified: by the memory of a single pass, which counts where y is the",
         "network and hardly where y is a head, or by a g that can be differentiated",
         "once only. It wants a g that is smooth in y: behind layers of y, rectifiers",
-        "leave an error at every radius, since a shorter step crosses fewer kinks and",
+        "leave an error at every radius, since a shorter step crosses fewer kinks but",
         "is divided by less.",
     ]
+
+
+def busy(*loads):
+    """How far the times are to be trusted."""
+    before, after = (f"{load:.1f}" for load in loads)
+    told = f"Load average {before} at the start and {after} at the end"
+    if max(loads) > 1.5 * (os.cpu_count() or 1):
+        return f"{told}: the machine had other work too, so times are rough."
+    return f"{told}."
 
 
 def main():
@@ -232,8 +243,8 @@ def main():
         "",
         *reading(measured, wrong),
         "",
-        f"{header()}; {options.repeats} repeats, median and quartiles; load average "
-        f"{before:.1f} at the start and {os.getloadavg()[0]:.1f} at the end.",
+        f"{header()}; {options.repeats} repeats, median and quartiles.",
+        busy(before, os.getloadavg()[0]),
         *lines,
         "",
         "## Relative error of the products by radius",
