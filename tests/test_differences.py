@@ -1,5 +1,6 @@
 """Products as differences of gradients, against exact ones and closed forms."""
 
+import functools
 import itertools
 
 import jax
@@ -12,18 +13,13 @@ import toys
 import dbojax as dbo
 from dbojax import oracles
 
-FORMS = {
-    f"{'reused' if reuse else 'own'} gradient, {'at once' if once else 'in turn'}": (
-        {"reuse": reuse, "at_once": once}
-    )
-    for reuse, once in itertools.product((False, True), repeat=2)
-}
+FORMS = [{}, {"reuse": True, "at_once": False}]  # each flag both ways
 
 
 def _curved():
     """A problem with all derivatives, on trees, and a point in the midst of it."""
-    keys = jax.random.split(jax.random.key(2), 4)
-    mixed = jax.random.normal(keys[0], (4, 3))
+    rng = np.random.default_rng(2)
+    mixed = rng.normal(size=(4, 3))
 
     def upper(x, y, batch):
         return jnp.sum(jnp.sin(x["a"])) * jnp.sum(y["v"] ** 2) + y["s"] * batch
@@ -32,23 +28,23 @@ def _curved():
         inner = jnp.tanh(y["v"] @ mixed) + x["a"] * y["s"]
         return jnp.sum(jnp.cosh(inner - batch)) + jnp.sum(y["v"] ** 4) + y["s"] ** 2
 
-    x = {"a": jax.random.normal(keys[1], (3,))}
-    y = {"v": jax.random.normal(keys[2], (4,)) / 2, "s": jnp.array(0.3)}
-    z = {"v": jax.random.normal(keys[3], (4,)), "s": jnp.array(-0.7)}
+    x = {"a": jnp.array(rng.normal(size=3))}
+    y = {"v": jnp.array(rng.normal(size=4) / 2), "s": jnp.array(0.3)}
+    z = {"v": jnp.array(rng.normal(size=4)), "s": jnp.array(-0.7)}
     return dbo.Problem(upper, lower), x, y, z, jnp.array(0.4)
 
 
 def _quadratic():
     toy = dbo.tasks.quadratic(n=1, dx=3, dy=5)
     batch = jax.tree.map(lambda leaf: leaf[0], toy.batch)
-    x, y, z = (
-        jax.random.normal(jax.random.key(i), (d,)) for i, d in enumerate((3, 5, 5))
-    )
+    rng = np.random.default_rng(3)
+    x, y, z = (jnp.array(rng.normal(size=d)) for d in (3, 5, 5))
     return toy, batch, x, y, z
 
 
 def _distance(a, b):
-    return float(dbo.trees.norm(jax.tree.map(jnp.subtract, a, b)))
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(np.sum(np.square(np.subtract(u, v))) for u, v in pairs) ** 0.5
 
 
 def _slope(sizes, errors):
@@ -59,43 +55,44 @@ def _by_form(problem, radius, items=True):
     """Directions of each form of the oracle, in one compiled program."""
 
     def directions(x, y, z, batch):
-        made = [oracles.finite_difference(problem, radius, **f) for f in FORMS.values()]
+        made = [oracles.finite_difference(problem, radius, **f) for f in FORMS]
         return [oracle.directions(None, x, y, z, (), batch)[0] for oracle in made]
 
     if not items:
         return directions
     compiled = jax.jit(directions)
-    return lambda *point: zip(FORMS.values(), compiled(*point), strict=True)
+    return lambda *point: zip(FORMS, compiled(*point), strict=True)
 
 
 def test_the_order_of_the_differences_is_two():
     problem, x, y, z, batch = _curved()
-    gradient = jax.grad(problem.lower, (0, 1))
-    _, (cross, hessian) = jax.jvp(lambda y: gradient(x, y, batch), (y,), (z,))
-    f_x, f_y = jax.grad(problem.upper, (0, 1))(x, y, batch)
-    exact = (
-        jax.tree.map(jnp.subtract, f_x, cross),
-        gradient(x, y, batch)[1],
-        jax.tree.map(jnp.subtract, hessian, f_y),
-    )
-    radii = jnp.array([0.2, 0.1, 0.05, 0.025])
+    radii = np.array([0.08, 0.04, 0.02, 0.01])
+
+    def exact():
+        gradient = jax.grad(problem.lower, (0, 1))
+        (_, slope), (cross, hessian) = jax.jvp(
+            lambda y: gradient(x, y, batch), (y,), (z,)
+        )
+        f_x, f_y = jax.grad(problem.upper, (0, 1))(x, y, batch)
+        minus = functools.partial(jax.tree.map, jnp.subtract)
+        return minus(f_x, cross), slope, minus(hessian, f_y)
 
     @jax.jit
-    @jax.vmap
-    def found(radius):
-        return _by_form(problem, radius, items=False)(x, y, z, batch)
+    def errors():
+        def at(radius):
+            found = _by_form(problem, radius, items=False)(x, y, z, batch)
+            return [jax.tree.map(jnp.subtract, d, exact()) for d in found]
 
-    for form, directions in zip(FORMS.values(), found(radii), strict=True):
-        for name, direction, wanted in zip("xyz", directions, exact, strict=True):
-            errors = [
-                _distance(jax.tree.map(lambda leaf, i=i: leaf[i], direction), wanted)
-                for i in range(len(radii))
-            ]
-            if name == "y" and not form["reuse"]:
-                assert max(errors) < 1e-13
+        off = jax.vmap(at)(radii)
+        return [[jax.vmap(dbo.trees.norm)(d) for d in form] for form in off]
+
+    for form, by_name in zip(FORMS, errors(), strict=True):
+        for name, off in zip("xyz", by_name, strict=True):
+            if name == "y" and not form:
+                assert max(off) < 1e-13
             else:
-                assert errors[-1] > 1e-8  # above rounding, or the fit means nothing
-                assert _slope(radii, errors) == pytest.approx(2, abs=0.05)
+                assert off[-1] > 1e-8  # above rounding, or the fit means nothing
+                assert _slope(radii, off) == pytest.approx(2, abs=0.05)
 
 
 def test_closed_forms_of_powers():
@@ -104,7 +101,7 @@ def test_closed_forms_of_powers():
     )
     x, y, z = jnp.array(0.0), jnp.array(1.0), jnp.array(2.0)
     for form, (d_x, d_y, d_z) in _by_form(problem, 0.2)(x, y, z, None):
-        mean = 12 * 0.01 if form["reuse"] else 0  # delta = 0.2 / 2
+        mean = 12 * 0.01 if form else 0  # delta = 0.2 / 2
         np.testing.assert_allclose(d_z, 6.08, rtol=1e-13)
         np.testing.assert_allclose(d_x, -(2 + 8 / 3 * 0.01), rtol=1e-13)
         np.testing.assert_allclose(d_y, 1 + mean, rtol=1e-13)
@@ -123,7 +120,7 @@ def test_quadratics_have_the_directions_of_soba():
 
 def test_no_auxiliary_variable_no_difference_and_no_nan():
     problem, x, y, z, batch = _curved()
-    f_x, f_y = jax.grad(problem.upper, (0, 1))(x, y, batch)
+    f_x, f_y = jax.jit(jax.grad(problem.upper, (0, 1)))(x, y, batch)
     both = jax.tree.map(lambda leaf: jnp.stack([0 * leaf, leaf]), z)
     found = jax.vmap(_by_form(problem, 0.01, items=False), (None, None, 0, None))
     for d_x, _, d_z in jax.jit(found)(x, y, both, batch):
@@ -284,7 +281,8 @@ def test_perturbed_is_the_penalty_with_both_lower_variables_exchanged():
     start, memory = oracle.init(x, y)
     jax.tree.map(np.testing.assert_array_equal, start, y)
     d_x, d_y, d_z = jax.jit(oracle.directions)(None, x, y, z, memory, batch)[0]
-    wanted, swapped_z, swapped_y = other.directions(None, x, z, y, (), batch)[0]
+    swapped = jax.jit(other.directions)(None, x, z, y, (), batch)[0]
+    wanted, swapped_z, swapped_y = swapped
     for a, b in ((d_x, wanted), (d_y, swapped_y), (d_z, swapped_z)):
         assert _distance(a, b) < 1e-12
 
@@ -412,10 +410,11 @@ def test_short_floats_are_refused(dtype):
 
 def test_radius_of_float32_keeps_four_digits():
     problem, *point = _curved()
-    exact = oracles.soba(problem).directions(None, *point[:3], (), point[3])[0]
-    x, y, z, batch = jax.tree.map(lambda a: a.astype(jnp.float32), point)
+    soba = jax.jit(oracles.soba(problem).directions)
+    exact = soba(None, *point[:3], (), point[3])[0]
+    x, y, z, batch = jax.tree.map(lambda a: jnp.array(np.float32(a)), point)
     oracle = oracles.finite_difference(problem)
     found = jax.jit(oracle.directions)(None, x, y, z, (), batch)[0]
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
     for a, b in zip(found, exact, strict=True):
-        assert _distance(a, b) < 5e-4 * float(dbo.trees.norm(b))
+        assert _distance(a, b) < 5e-4 * _distance(b, jax.tree.map(np.zeros_like, b))
