@@ -161,9 +161,7 @@ def test_a_labelled_batch_is_cut_with_the_variables():
     steps = {"upper_step": 0.1, "lower_step": 0.1}
     ends = []
     for extracted in (True, False):
-        algorithm = A.rafbo(
-            dbo.Problem(loss, loss), some, extracted=extracted, **steps
-        )
+        algorithm = A.rafbo(dbo.Problem(loss, loss), some, extracted=extracted, **steps)
         state = algorithm.init(np.ones((1, D)), np.ones((1, D)))
         ends.append(jax.jit(algorithm.step)(jax.random.key(0), state, data)[0])
     close(variables(ends[0]), variables(ends[1]))
@@ -205,7 +203,10 @@ def test_what_nobody_holds_does_not_move():
     state, metrics = run(method(fleet=static))
     x, y = start()
     kept = int(np.ceil(0.34 * H))
-    for before, after in ((x["bias"][0], state.x["bias"][0]), (y[0, :, 0], state.y[0, :, 0])):
+    for before, after in (
+        (x["bias"][0], state.x["bias"][0]),
+        (y[0, :, 0], state.y[0, :, 0]),
+    ):
         np.testing.assert_array_equal(before[kept:], after[kept:])
         assert (before[:kept] != after[:kept]).all()
     np.testing.assert_array_equal(state.z[0, kept:], 0)
@@ -240,7 +241,9 @@ def test_bytes_are_those_of_the_arrays_that_cross():
     x, y = start()
     one = [jax.tree.map(lambda a: a[0], v) for v in (x, y, y)]
     sent = [
-        jax.eval_shape(lambda v: wire.compress(jax.random.key(0), v, wire.init(v))[0], v)
+        jax.eval_shape(
+            lambda v: wire.compress(jax.random.key(0), v, wire.init(v))[0], v
+        )
         for v in one
     ]
     assert packed.traffic.message == sum(map(dbo.trees.nbytes, sent))
@@ -250,7 +253,9 @@ def test_dividing_by_everyone_slows_rare_entries_down():
     ends = {}
     for divide_by in (A.covered, A.everyone):
         algorithm = method(divide_by=divide_by, local_steps=1, extracted=False)
-        ends[divide_by] = run(algorithm, rounds=1)[0].x["bias"][0] - start()[0]["bias"][0]
+        ends[divide_by] = (
+            run(algorithm, rounds=1)[0].x["bias"][0] - start()[0]["bias"][0]
+        )
     key_draw, *_ = jax.random.split(jax.random.key(0), 3)
     held = np.zeros(H)
     for part in S.draw(fleet(), key_draw, 0):

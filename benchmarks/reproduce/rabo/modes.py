@@ -215,9 +215,7 @@ def whole_round(network, fleet, clients, **settings):
         **settings,
     )
     x, y = (dbo.replicate(v, 1) for v in (network.x, head_of(network)))
-    return compiled(
-        method.step, jax.random.key(3), method.init(x, y), samples(clients)
-    )
+    return compiled(method.step, jax.random.key(3), method.init(x, y), samples(clients))
 
 
 def timed(programs, repeats):
@@ -289,9 +287,7 @@ def rounds(network, layout):
         program = whole_round(network, fleet, CLIENTS, extracted=mode == "extracted")
         programs[capacity, mode] = program
         ends[capacity, mode] = program.call(*program.args)
-    sent = {
-        case: metrics.traffic.message / 1e6 for case, (_, metrics) in ends.items()
-    }
+    sent = {case: metrics.traffic.message / 1e6 for case, (_, metrics) in ends.items()}
     gaps = {
         capacity: difference(
             ends[capacity, "extracted"][0].x, ends[capacity, "masked"][0].x
