@@ -173,7 +173,9 @@ def dense_layer(key: jax.Array, d: int, width: int) -> Tree:
     return {"kernel": kernel, "bias": jnp.zeros(width)}
 
 
-def conv_blocks(keys: Sequence[jax.Array], channels: Sequence[int]) -> list[Tree]:
+def conv_blocks(
+    keys: jax.Array | Sequence[jax.Array], channels: Sequence[int]
+) -> list[Tree]:
     """Parameters of :func:`convolved`, from what comes in and each block puts out."""
 
     def block(key, before, width):
