@@ -13,6 +13,7 @@ from dbojax import oracles as oracles
 from dbojax import plots as plots
 from dbojax import runner as runner
 from dbojax import strategies as strategies
+from dbojax import submodels as submodels
 from dbojax import tasks as tasks
 from dbojax import topology as topology
 from dbojax import trees as trees

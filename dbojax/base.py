@@ -251,6 +251,13 @@ class Consensus(NamedTuple):
     z: jax.Array
 
 
+class Coverage(NamedTuple):
+    """How many participants hold the entry that the fewest of them hold."""
+
+    x: jax.Array  # int32
+    y: jax.Array
+
+
 class Metrics(NamedTuple):
     """What one step tells of itself."""
 
@@ -259,6 +266,7 @@ class Metrics(NamedTuple):
     consensus: Consensus
     traffic: Traffic
     calls: Calls
+    coverage: Coverage | None = None  # where nodes hold parts of the variables
 
 
 class Algorithm(NamedTuple):

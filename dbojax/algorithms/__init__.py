@@ -8,6 +8,10 @@ from dbojax.algorithms.compose import BilevelState as BilevelState
 from dbojax.algorithms.compose import Phase as Phase
 from dbojax.algorithms.compose import compose as compose
 from dbojax.algorithms.compose import local_step as local_step
+from dbojax.algorithms.federated import FederatedState as FederatedState
+from dbojax.algorithms.federated import covered as covered
+from dbojax.algorithms.federated import everyone as everyone
+from dbojax.algorithms.federated import federated as federated
 from dbojax.algorithms.fg2u import fg2u_own as fg2u_own
 from dbojax.algorithms.fg2u import fg2u_shared as fg2u_shared
 from dbojax.algorithms.ma_dsbo import ma_dsbo as ma_dsbo

@@ -1,0 +1,31 @@
+"""Which part of x and y a client holds: units, rules, capacities and coverage."""
+
+from dbojax.submodels.coverage import counts as counts
+from dbojax.submodels.coverage import smallest as smallest
+from dbojax.submodels.fleet import Drawn as Drawn
+from dbojax.submodels.fleet import Fleet as Fleet
+from dbojax.submodels.fleet import Level as Level
+from dbojax.submodels.fleet import draw as draw
+from dbojax.submodels.fleet import fleet as fleet
+from dbojax.submodels.fleet import scores as scores
+from dbojax.submodels.layout import Layout as Layout
+from dbojax.submodels.layout import coordinates as coordinates
+from dbojax.submodels.layout import layers as layers
+from dbojax.submodels.layout import layout as layout
+from dbojax.submodels.parts import Kept as Kept
+from dbojax.submodels.parts import mask as mask
+from dbojax.submodels.parts import masked as masked
+from dbojax.submodels.parts import put as put
+from dbojax.submodels.parts import replaced as replaced
+from dbojax.submodels.parts import take as take
+from dbojax.submodels.phases import coverage_aware as coverage_aware
+from dbojax.submodels.rules import Group as Group
+from dbojax.submodels.rules import Phase as Phase
+from dbojax.submodels.rules import Rule as Rule
+from dbojax.submodels.rules import aligned as aligned
+from dbojax.submodels.rules import magnitude as magnitude
+from dbojax.submodels.rules import per_layer as per_layer
+from dbojax.submodels.rules import random_units as random_units
+from dbojax.submodels.rules import rolling as rolling
+from dbojax.submodels.rules import staggered as staggered
+from dbojax.submodels.rules import static as static
