@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
 
 import dbojax as dbo
 from dbojax.tasks import data, representations
@@ -128,6 +129,72 @@ def test_a_norm_sees_one_channel_of_one_image():
     inputs = inputs_of(backbone)
     alone = [backbone.features(x, row[None])[0] for row in inputs]
     np.testing.assert_allclose(backbone.features(x, inputs), alone, rtol=1e-12)
+
+
+def renamed(labels):
+    return jax.tree.map(lambda label: label.replace("h", "layer"), labels)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_units_are_those_that_can_be_read_off(name):
+    backbone = BACKBONES[name]
+    x, y = start(backbone)
+
+    def apply(x, y, inputs):
+        return logits(backbone, x, y, inputs)
+
+    found = dbo.submodels.layers(apply, x, y, inputs_of(backbone))
+    assert (found.x, found.y) == (renamed(backbone.x), renamed(backbone.y))
+    by_hand = dbo.submodels.layout(x, y, backbone.x, backbone.y)
+    sizes = units_of((backbone.x, backbone.y), (x, y))
+    assert by_hand.units == {n: size for n, size in sizes.items() if n != "_"}
+    assert list(by_hand.units.values()) == list(found.units.values())
+
+
+def flax_cnn(norm):
+    parts = [linen.Conv(4, (3, 3)), norm, linen.relu, linen.Conv(3, (3, 3)), linen.relu]
+    images = [lambda v: v.reshape(-1, SIDE, SIDE, 1)]
+    flat = [lambda v: v.reshape(len(v), -1)]
+    return linen.Sequential(images + [part for part in parts if part] + flat)
+
+
+CNN = {
+    "mlp": dbo.tasks.mlp((6, 4)),
+    "cnn": flax_cnn(None),
+    "cnn, a norm for each channel": flax_cnn(linen.GroupNorm(None, group_size=1)),
+}
+
+
+@pytest.mark.parametrize("name", CNN)
+def test_the_units_of_flax_modules_can_be_read_off(name):
+    backbone, inputs = CNN[name], jnp.linspace(0, 1, 2 * SIDE**2).reshape(2, -1)
+    x = backbone.init(jax.random.key(0), inputs)["params"]
+    width = backbone.apply({"params": x}, inputs).shape[-1]
+    y = {"kernel": jnp.ones((width, CLASSES)), "bias": jnp.zeros(CLASSES)}
+
+    def apply(x, y, inputs):
+        return backbone.apply({"params": x}, inputs) @ y["kernel"] + y["bias"][None]
+
+    found = dbo.submodels.layers(apply, x, y, inputs)
+    lead = "" if name == "mlp" else "_ _ "
+    first, *norms, second = found.x.values()
+    assert first == {"kernel": f"{lead}_ layer0", "bias": "layer0"}
+    assert second == {"kernel": f"{lead}layer0 layer1", "bias": "layer1"}
+    assert norms == [{"scale": "layer0", "bias": "layer0"}] * ("norm" in name)
+    assert found.y == {"kernel": "layer1 _", "bias": "_"}
+    assert list(found.units.values()) == ([6, 4] if name == "mlp" else [4, 3])
+
+
+def test_a_norm_over_several_channels_is_refused():
+    backbone, inputs = flax_cnn(linen.LayerNorm()), jnp.ones((2, SIDE**2))
+    x = backbone.init(jax.random.key(0), inputs)["params"]
+    y = jnp.ones((3 * SIDE**2, CLASSES))
+
+    def apply(x, y, inputs):
+        return backbone.apply({"params": x}, inputs) @ y
+
+    with pytest.raises(ValueError, match="norm over several units"):
+        dbo.submodels.layers(apply, x, y, inputs)
 
 
 MESSAGES = {

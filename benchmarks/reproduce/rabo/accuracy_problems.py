@@ -14,7 +14,7 @@ CLIENTS = 100
 SPLITS = {"iid": None, "Dirichlet 0.5": 0.5, "Dirichlet 0.1": 0.1}
 FASHION = 4000, 2000  # samples of the training and the test set that are used
 WIDTHS = {"mlp": (64, 32), "cnn": (8, 16)}
-RIDGE = {"mlp": 0.01, "cnn": 0.01, "tuning": 0.05}
+RIDGE = {"mlp": 0.01, "cnn": 0.01, "tuning": 20.0}
 CORRUPTION = 0.5  # of the training labels of the tuning task
 
 
@@ -26,7 +26,7 @@ class Kind(NamedTuple):
     logits: Callable  # (y, features) -> logits
     penalty: Callable  # (x, y) -> what the lower level adds to the cross-entropy
     labels: tuple  # groups of units of x, y and the batch
-    part: float  # of the inputs' numbers that it is given
+    read: Callable  # a data set as it comes -> as this task wants it
 
 
 class Runs(NamedTuple):
@@ -59,12 +59,24 @@ def representation(name, d, capacity=1.0):
         return 0.5 * ridge * sum(jnp.sum(leaf**2) for leaf in y.values())
 
     labels = (backbone.x, backbone.y, None)
-    return Kind(build, backbone.features, logits, penalty, labels, 1.0)
+    return Kind(build, backbone.features, logits, penalty, labels, lambda part: part)
 
 
 def tuning(capacity=1.0):
-    """One regularisation coefficient per pixel, half of the training labels wrong."""
+    """One regularisation coefficient per feature, half of them of no use.
+
+    A sample's features are its own pixels and those of another one, shuffled; half of
+    the training labels are replaced. A good x silences the pixels of strangers.
+    """
     ridge = RIDGE["tuning"]
+
+    def read(part):
+        d = 2 * part.inputs.shape[1]
+        rng = np.random.default_rng(1)
+        strangers = part.inputs[rng.permutation(len(part.inputs))]
+        order = np.random.default_rng(2).permutation(d)[: int(np.ceil(capacity * d))]
+        inputs = np.concatenate([part.inputs, strangers], 1)[:, order]
+        return part._replace(inputs=inputs)
 
     def build(shards, seed):
         return dbo.tasks.coefficient_tuning(shards, ridge, CORRUPTION, seed)
@@ -72,15 +84,15 @@ def tuning(capacity=1.0):
     def penalty(x, y):
         return ridge / y.size * jnp.sum(jnp.exp(x)[:, None] * y**2)
 
-    samples = data.Samples("_ pixel", "_", "_")
-    labels = ("pixel", "pixel _", dbo.Batch(upper=samples, lower=samples))
+    samples = data.Samples("_ feature", "_", "_")
+    labels = ("feature", "feature _", dbo.Batch(upper=samples, lower=samples))
     return Kind(
         build,
         lambda x, inputs: inputs,
         lambda y, features: features @ y,
         penalty,
         labels,
-        capacity,
+        read,
     )
 
 
@@ -124,19 +136,9 @@ def alike(alpha, seed, classes=10):
     return deal
 
 
-def narrowed(samples, part):
-    """The same samples with a part of their numbers, drawn once for all."""
-    if samples is None:
-        return None
-    d = samples.inputs.shape[1]
-    order = np.random.default_rng(0).permutation(d)
-    kept = np.sort(order[: int(np.ceil(part * d))])
-    return samples._replace(inputs=samples.inputs[:, kept])
-
-
-def shards_of(source, alpha, seed, part):
+def shards_of(kind, source, alpha, seed):
     """One deal of the data to all clients."""
-    train, test = (narrowed(samples, part) for samples in source)
+    train, test = (None if part is None else kind.read(part) for part in source)
     more = {} if test is None else {"test": test, "fractions": (0.5, 0.5, 0.0)}
     deal = alike(alpha, seed, train.num_classes)
     return data.distribute(train, n=CLIENTS, deal=deal, seed=seed, **more)
@@ -144,7 +146,7 @@ def shards_of(source, alpha, seed, part):
 
 def runs_of(kind, source, cases):
     """A task on several deals, each a pair (alpha, seed)."""
-    dealt = [(shards_of(source, a, s, kind.part), s) for a, s in cases]
+    dealt = [(shards_of(kind, source, a, s), s) for a, s in cases]
     tasks = [kind.build(shards, seed) for shards, seed in dealt]
     return Runs(
         tasks[0].problem,
