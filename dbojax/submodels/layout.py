@@ -148,8 +148,8 @@ def layers(  # noqa: D417
 
     Args:
         apply: ``(x, y, inputs) -> outputs``, e.g. logits: features by x, a head y.
-        x, y: parameters, as dictionaries or other trees; of flax variables the
-            collection ``params`` alone.
+        x, y: parameters or their shapes, as dictionaries or other trees; of flax
+            variables the collection ``params`` alone.
         inputs: an example.
 
     Returns:
@@ -251,39 +251,52 @@ def _chain(paths, shapes, order, kernels) -> tuple[list[str], list[bool]]:
 def _check_cut(apply, both, inputs, found: Layout, norms):
     """Try on random parameters that units which are cut have no influence."""
     rng = np.random.default_rng(0)
-
-    def drawn(leaf):
-        shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-        return jnp.asarray(rng.normal(size=shape), dtype)
-
-    both = jax.tree.map(drawn, both)
-    kept = {name: np.arange(-(-size // 2)) for name, size in found.units.items()}
-    labels = (found.x, found.y)
-    cut = masked(labels, found.units, kept, both)
-    # A norm that sees each unit by itself makes the units before it harmless.
-    normed = {
-        label.split()[-1]
-        for label, is_norm in zip(
-            jax.tree.leaves(labels), jax.tree.leaves(norms), strict=True
-        )
-        if is_norm and label
+    both = jax.tree.map(
+        lambda a: rng.normal(size=jnp.shape(a)).astype(jnp.result_type(a)), both
+    )
+    # Another half of each group: what skips over a kernel must not find its match.
+    kept = {
+        name: rng.permutation(size)[: -(-size // 2)]
+        for name, size in found.units.items()
     }
+    labels = (found.x, found.y)
+    producers = jax.tree.map(_last_to_act(labels, norms), labels, norms)
 
-    def last_alone(label, is_norm):
-        *rest, last = label.split() or [""]
-        last = last if is_norm or last not in normed else WHOLE
-        return " ".join([WHOLE] * len(rest) + [last]) if label else ""
+    def smaller(both):
+        return apply(*take(labels, found.units, both, kept), inputs)
 
-    producers = jax.tree.map(last_alone, labels, norms)
-    dead = masked(producers, found.units, kept, both)
-    wanted = apply(*cut, inputs)
-    scale = 1e-3 * (1 + float(jnp.max(jnp.abs(wanted))))
-    outputs = [apply(*dead, inputs)]
+    def outputs(both):
+        cut, dead = (
+            masked(part, found.units, kept, both) for part in (labels, producers)
+        )
+        return [apply(*cut, inputs), apply(*dead, inputs)]
+
+    wanted, *others = jax.jit(outputs)(both)
     with contextlib.suppress(Exception):  # many networks know their widths
-        outputs.append(apply(*take(labels, found.units, both, kept), inputs))
-    if not all(bool(jnp.max(jnp.abs(out - wanted)) <= scale) for out in outputs):
+        others.append(jax.jit(smaller)(both))
+    wanted, *others = map(np.asarray, (wanted, *others))
+    close = 1e-3 * (1 + np.abs(wanted).max())
+    if not all(np.abs(out - wanted).max() <= close for out in others):
         raise ValueError(
             "This network is no chain of layers: units that were cut still have an "
             "influence, by a skip or a norm over several units. Use a norm per sample "
             "and channel, or label the axes by hand with `dbo.submodels.layout`."
         )
+
+
+def _last_to_act(labels, norms) -> Callable[[str, bool], str]:
+    """Labels of those leaves alone that see a unit last before the next kernel.
+
+    A norm that sees each unit by itself makes all that comes before it harmless.
+    """
+    pairs = zip(jax.tree.leaves(labels), jax.tree.leaves(norms), strict=True)
+    normed = {label.split()[-1] for label, is_norm in pairs if is_norm and label}
+
+    def relabelled(label, is_norm):
+        words = label.split()
+        if not words:
+            return ""
+        last = words[-1] if is_norm or words[-1] not in normed else WHOLE
+        return " ".join([WHOLE] * (len(words) - 1) + [last])
+
+    return relabelled

@@ -1,0 +1,331 @@
+"""Rounds with a server: both modes alike, absent clients untouched, bytes, messages."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dbojax as dbo
+
+A, S = dbo.algorithms, dbo.submodels
+CLIENTS, D, H, OUT = 5, 3, 6, 2
+CAPACITIES = [1.0, 0.5, 0.5, 0.34, 0.34]
+PARTICIPANTS = {1.0: 1, 0.5: 1, 0.34: 2}
+
+
+def features(x, inputs):
+    return jnp.tanh(inputs @ x["kernel"] + x["bias"][None])
+
+
+def upper(x, y, batch):
+    inputs, targets = batch
+    return jnp.mean((features(x, inputs) @ y - targets) ** 2)
+
+
+def lower(x, y, batch):
+    return upper(x, y, batch) + 0.1 * jnp.sum(y**2)
+
+
+PROBLEM = dbo.Problem(upper, lower)
+LABELS = {"kernel": "_ h", "bias": "h"}, "h _"
+
+
+def start():
+    rng = np.random.default_rng(0)
+    x = {"kernel": rng.normal(size=(1, D, H)), "bias": rng.normal(size=(1, H))}
+    return x, rng.normal(size=(1, H, OUT))
+
+
+def batch():
+    rng = np.random.default_rng(1)
+
+    def samples():
+        return rng.normal(size=(CLIENTS, 4, D)), rng.normal(size=(CLIENTS, 4, OUT))
+
+    return dbo.Batch(samples(), samples())
+
+
+def fleet(**more):
+    x, y = start()
+    layout = S.layout(jax.tree.map(lambda a: a[0], x), y[0], *LABELS)
+    return S.fleet(layout, CAPACITIES, **({"participants": PARTICIPANTS} | more))
+
+
+def method(make=A.rafbo, problem=PROBLEM, fleet=fleet(), **settings):  # noqa: B008
+    steps = {"upper_step": 0.05, "lower_step": 0.1, "local_steps": 2}
+    return make(problem, fleet, **(steps | settings))
+
+
+@functools.cache
+def after_three(name, **settings):
+    return run(method(MAKERS[name], **settings))
+
+
+MAKERS = {
+    "rafbo": A.rafbo,
+    "rabo": A.rabo,
+    "soba": lambda problem, fleet, **more: A.federated(
+        problem, dbo.oracles.soba, fleet, **more
+    ),
+}
+
+
+def run(algorithm, rounds=3, data=None):
+    @jax.jit
+    def rounds_of(state, data):
+        def step(state, turn):
+            return algorithm.step(jax.random.key(turn), state, data)
+
+        return jax.lax.scan(step, state, jnp.arange(rounds))
+
+    return rounds_of(algorithm.init(*start()), batch() if data is None else data)
+
+
+def close(a, b, tolerance=1e-12):
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(left, right, rtol=tolerance, atol=tolerance)
+
+
+def variables(state):
+    return state.x, state.y, state.z
+
+
+UPLINKS = {
+    "dense": None,
+    "own units": dbo.compressors.qsgd(7),
+    "memories of all": dbo.channels.ef21(
+        dbo.mixing.averaging(CLIENTS), dbo.compressors.top_k(0.3)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "uplink"),
+    [
+        ("rafbo", "dense"),
+        ("rafbo", "own units"),
+        ("rafbo", "memories of all"),
+        ("rabo", "dense"),
+    ],
+)
+def test_smaller_networks_give_the_numbers_of_masked_ones(name, uplink):
+    settings = {"radius": 2.0, "uplink": UPLINKS[uplink]}
+    state, metrics = after_three(name, **settings)
+    other, told = after_three(name, extracted=False, **settings)
+    close(variables(state), variables(other))
+    close(metrics, told)
+    assert metrics.traffic == told.traffic
+    moved = jax.tree.map(lambda a, b: np.abs(a - b[0]).max(), state.x, start()[0])
+    assert min(moved.values()) > 1e-3
+
+
+def widened(problem_of):
+    """A linen network of the same mathematics, which knows its width."""
+
+    def problem(units):
+        module = nn.Dense(units["h"])
+
+        def loss(x, y, batch):
+            inputs, targets = batch
+            hidden = jnp.tanh(module.apply({"params": x}, inputs))
+            return jnp.mean((hidden @ y - targets) ** 2)
+
+        return problem_of(loss)
+
+    return problem
+
+
+def test_modules_that_know_their_width_are_built_anew():
+    make = widened(
+        lambda loss: dbo.Problem(
+            loss, lambda x, y, b: loss(x, y, b) + 0.1 * jnp.sum(y**2)
+        )
+    )
+    state, _ = run(method(problem=make({"h": H}), smaller=make, radius=2.0))
+    close(variables(state), variables(after_three("rafbo", radius=2.0, uplink=None)[0]))
+    with pytest.raises(ValueError, match=r"(?s)do not take a sub-model.*smaller="):
+        run(method(problem=make({"h": H})))
+
+
+def test_a_labelled_batch_is_cut_with_the_variables():
+    def loss(x, y, batch):
+        inputs, targets = batch
+        return jnp.mean((inputs @ (y * x) - targets) ** 2) + jnp.sum(y**2)
+
+    layout = S.layout(np.ones(D), np.ones(D), "f", "f", ("_ f", "_"))
+    some = S.fleet(layout, CAPACITIES)
+    data = jax.tree.map(lambda a: a[..., 0] if a.shape[-1] == OUT else a, batch()[0])
+    steps = {"upper_step": 0.1, "lower_step": 0.1}
+    ends = []
+    for extracted in (True, False):
+        algorithm = A.rafbo(
+            dbo.Problem(loss, loss), some, extracted=extracted, **steps
+        )
+        state = algorithm.init(np.ones((1, D)), np.ones((1, D)))
+        ends.append(jax.jit(algorithm.step)(jax.random.key(0), state, data)[0])
+    close(variables(ends[0]), variables(ends[1]))
+
+
+def drawn_in_round_zero(algorithm_fleet):
+    key_draw, *_ = jax.random.split(jax.random.key(0), 3)
+    parts = S.draw(algorithm_fleet, key_draw, 0)
+    return sorted(int(i) for part in parts for i in part.clients)
+
+
+@pytest.mark.parametrize("name", ["rafbo", "rabo"])
+def test_absent_clients_are_neither_read_nor_written(name):
+    here = drawn_in_round_zero(fleet())
+    absent = [i for i in range(CLIENTS) if i not in here]
+    assert absent
+    spoilt = jax.tree.map(np.copy, batch())
+    for leaf in jax.tree.leaves(spoilt):
+        leaf[absent] = np.nan
+    algorithm = method(MAKERS[name], radius=2.0, uplink=None)
+    first = algorithm.init(*start())
+    if name == "rabo":
+        y = first.y.at[jnp.array(absent)].set(jnp.nan)
+        first = first._replace(y=y)
+    step = jax.jit(algorithm.step)
+    state, metrics = step(jax.random.key(0), first, spoilt)
+    clean, _ = step(jax.random.key(0), algorithm.init(*start()), batch())
+    close((state.x, metrics.upper), (clean.x, metrics.upper))
+    assert np.isfinite(metrics.hypergrad_norm)
+    if name == "rabo":
+        assert np.isnan(state.y[np.array(absent)]).all()
+        rows = np.array(here)
+        close(state.y[rows], clean.y[rows])
+        assert (np.abs(state.y[rows] - first.y[rows]).max((1, 2)) > 1e-4).all()
+
+
+def test_what_nobody_holds_does_not_move():
+    static = fleet(participants={0.34: 2}, minimum=0, rule=S.static())
+    state, metrics = run(method(fleet=static))
+    x, y = start()
+    kept = int(np.ceil(0.34 * H))
+    for before, after in ((x["bias"][0], state.x["bias"][0]), (y[0, :, 0], state.y[0, :, 0])):
+        np.testing.assert_array_equal(before[kept:], after[kept:])
+        assert (before[:kept] != after[:kept]).all()
+    np.testing.assert_array_equal(state.z[0, kept:], 0)
+    assert (metrics.coverage.x == 0).all()
+    assert (metrics.coverage.y == 0).all()
+
+
+def test_coverage_is_that_of_the_masks():
+    _, metrics = after_three("rafbo", radius=2.0, uplink=None)
+    some = fleet()
+    for turn in range(3):
+        key_draw, *_ = jax.random.split(jax.random.key(turn), 3)
+        held = np.zeros(H, int)
+        for part in S.draw(some, key_draw, turn):
+            kept = part.kept.get("h", np.tile(np.arange(H), (len(part.clients), 1)))
+            for row in np.asarray(kept):
+                held[row] += 1
+        assert metrics.coverage.x[turn] == metrics.coverage.y[turn] == held.min()
+
+
+def test_bytes_are_those_of_the_arrays_that_cross():
+    def size(units, personal):
+        x = units * (D + 1)
+        return 8 * (x if personal else x + 2 * units * OUT)
+
+    for name in ("rafbo", "rabo"):
+        _, metrics = after_three(name, radius=2.0, uplink=None)
+        each = [size(units, name == "rabo") for units in (6, 3, 3, 3)]
+        assert metrics.traffic == dbo.Traffic(each[0], 2 * sum(each), 2, each[0])
+    _, packed = after_three("rafbo", radius=2.0, uplink=UPLINKS["own units"])
+    wire = UPLINKS["own units"]
+    x, y = start()
+    one = [jax.tree.map(lambda a: a[0], v) for v in (x, y, y)]
+    sent = [
+        jax.eval_shape(lambda v: wire.compress(jax.random.key(0), v, wire.init(v))[0], v)
+        for v in one
+    ]
+    assert packed.traffic.message == sum(map(dbo.trees.nbytes, sent))
+
+
+def test_dividing_by_everyone_slows_rare_entries_down():
+    ends = {}
+    for divide_by in (A.covered, A.everyone):
+        algorithm = method(divide_by=divide_by, local_steps=1, extracted=False)
+        ends[divide_by] = run(algorithm, rounds=1)[0].x["bias"][0] - start()[0]["bias"][0]
+    key_draw, *_ = jax.random.split(jax.random.key(0), 3)
+    held = np.zeros(H)
+    for part in S.draw(fleet(), key_draw, 0):
+        for row in part.kept.get("h", np.arange(H)[None]):
+            held[np.asarray(row)] += 1
+    assert held.min() < 4
+    close(ends[A.everyone], ends[A.covered] * held / 4)
+
+
+def test_unlike_local_steps_are_normalised():
+    alike = method(fleet=fleet(participants=None), upper_step=0.0, lower_step=0.0)
+    unlike = {"local_steps": (3, 1, 2), "fleet": fleet(participants=None)}
+    # Directions that do not depend on the point: moves are proportional to the steps.
+    flat = dbo.Problem(
+        lambda x, y, b: sum(jnp.sum(leaf) for leaf in jax.tree.leaves((x, y))),
+        lambda x, y, b: jnp.sum(y),
+    )
+    del alike
+    plain = run(method(problem=flat, **unlike), rounds=1)[0].x["bias"][0]
+    fair = run(method(problem=flat, normalise=True, **unlike), rounds=1)[0].x["bias"][0]
+    before = start()[0]["bias"][0]
+    close(before - fair, np.full(H, 0.05 * 9 / 5))
+    assert np.ptp(before - plain) > 0.01
+
+
+def test_a_sample_is_drawn_for_each_local_step():
+    def sample(key, data):
+        del data
+        inputs = jax.random.normal(key, (4, D))
+        return dbo.Batch((inputs, inputs[:, :OUT]), (inputs, inputs[:, :OUT]))
+
+    own = functools.partial(method, fleet=fleet(participants=None))
+    once = run(own(sample=lambda key, data: data), rounds=1)[0]
+    close(variables(once), variables(run(own(), rounds=1)[0]))
+    fresh = run(own(sample=sample), rounds=1)[0]
+    again = run(own(sample=sample), rounds=1)[0]
+    close(variables(fresh), variables(again), 0)
+
+
+def test_server_steps_are_optax_transforms():
+    import optax
+
+    fast = run(method(server_steps=(optax.adam(0.01), 1.0, 1.0)), rounds=1)[0]
+    moves = np.abs(np.asarray(fast.x["kernel"][0] - start()[0]["kernel"][0]))
+    np.testing.assert_allclose(moves[moves > 0], 0.01, rtol=1e-3)
+    assert (moves > 0).all()
+
+
+def test_bad_input_is_refused_before_any_compute():
+    x, y = start()
+    good = method()
+    cases = [
+        ("whole number >= 1, or one for each of 3", lambda: method(local_steps=(1, 2))),
+        ("`inner_steps` is a whole number", lambda: method(inner_steps=-1)),
+        ("write extracted=False", lambda: method(keep=True)),
+        ("one mean, as server channels", lambda: method(uplink=gossip())),
+        ("holds 2 rows", lambda: good.init(twice(x), twice(y))),
+        ("structure for which the layout", lambda: good.init(y, y)),
+        ("does not fit its label", lambda: good.init(x, y[:, :4])),
+        ("Every leaf of `batch` needs 5 nodes", lambda: run(good, data=y)),
+        ("radius > 0", lambda: method(radius=-1.0)),
+    ]
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="`fleet` must be"):
+        method(fleet=3)
+    with pytest.raises(TypeError, match="`uplink` must be"):
+        method(uplink=0.1)
+
+
+def twice(tree):
+    return jax.tree.map(lambda a: np.concatenate([a, a]), tree)
+
+
+def gossip():
+    w = dbo.topology.metropolis(dbo.topology.ring(CLIENTS))
+    return dbo.channels.exact(dbo.mixing.mixer(w))
