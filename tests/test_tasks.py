@@ -171,6 +171,19 @@ def test_coefficient_tuning_is_the_written_objective(shards, key):
             np.testing.assert_allclose(found, plain + factor * loop, rtol=1e-12)
 
 
+def test_corruption_replaces_training_labels_and_no_others(shards):
+    clean = dbo.tasks.coefficient_tuning(shards).batch
+    noisy = dbo.tasks.coefficient_tuning(shards, corruption=1.0, seed=4).batch
+    again = dbo.tasks.coefficient_tuning(shards, corruption=1.0, seed=4).batch
+    changed = np.asarray(noisy.lower.labels != clean.lower.labels)
+    held = np.asarray(clean.lower.mask)
+    assert 0.3 < changed[held].mean() < 0.95  # of three classes, two are wrong
+    assert not changed[~held].any()
+    for one, other in ((clean.lower, shards.train), (again.lower, noisy.lower)):
+        np.testing.assert_array_equal(one.labels, other.labels)
+    np.testing.assert_array_equal(noisy.upper.labels, clean.upper.labels)
+
+
 @pytest.mark.parametrize("name", ["coefficient_tuning", "hyper_representation"])
 def test_padding_changes_neither_losses_nor_gradients(shards, name):
     task = small_tasks(shards)[name]
