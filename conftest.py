@@ -6,15 +6,14 @@ from pathlib import Path
 
 # Nearly all time goes into compiling small programs, many of them alike: optimise them
 # less, in one piece each, and keep what was compiled.
-FLAGS = [
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-if version("jaxlib").startswith("0.10."):
-    # Half the time of compiling; later versions know this flag no more, and stop.
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+        "--xla_cpu_parallel_codegen_split_count=1"
+    )
+    if version("jaxlib").startswith("0.10."):
+        # Half the time of a program. Later versions know it no more, and would stop.
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import chex
 import jax

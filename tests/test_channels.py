@@ -116,6 +116,15 @@ def test_the_running_sum_is_the_mixed_copies(name, graph, key):
     _close(state.mixed_hat, mixed)
 
 
+def test_the_first_running_sum_is_that_of_what_is_known():
+    w, v = GRAPHS["star"], _values()
+    c = dbo.compressors.top_k(0.4)
+    channel = dbo.channels.reference_point(dbo.mixing.mixer(w), c, 0.3)
+    state = jax.jit(channel.init)(v)
+    _close(state.hat, v)
+    _close(state.mixed_hat, jax.tree.map(lambda a: np.einsum("ij,j...->i...", w, a), v))
+
+
 @pytest.mark.parametrize("length", [20, 400], ids=["mixed", "scattered"])
 def test_running_sums_forget_their_rounding_errors(length, key):
     """Else trackers add them up: a drift of the mean that never ends in float32."""

@@ -87,8 +87,10 @@ NEAR_150 = {1: 0.47, 3: 0.32, 5: 0.28, 10: 0.26, 20: 0.26}
 @pytest.mark.parametrize("case", FLOORS)
 def test_floors(case):
     make, settings, rounds, penalty, floor = FLOORS[case]
-    # By then the norm is within a hundredth of its floor.
-    steps = 1500 if rounds == 1 else 1200 if penalty == 100 else 1000
+    # By then the norm is within a hundredth of its floor; agreement takes longer.
+    steps = 1200 if penalty == 100 else 1000
+    if rounds == 1 or "K 10" in case:
+        steps = 1500
     state, norms = _norms(_method(make(*settings), rounds, penalty), steps)
     assert norms[-1] == pytest.approx(floor, rel=0.03)
     if make is _top and penalty == 100:
