@@ -8,12 +8,12 @@ from dbojax.tasks import data as data
 from dbojax.tasks import networks as networks
 from dbojax.tasks import pde as pde
 from dbojax.tasks import readers as readers
+from dbojax.tasks import representations as representations
 from dbojax.tasks import samplers as samplers
 from dbojax.tasks import spectral as spectral
 from dbojax.tasks.classification import coefficient_tuning as coefficient_tuning
 from dbojax.tasks.classification import hyper_cleaning as hyper_cleaning
 from dbojax.tasks.classification import hyper_representation as hyper_representation
-from dbojax.tasks.classification import mlp as mlp
 from dbojax.tasks.condensation import Condensation as Condensation
 from dbojax.tasks.condensation import condensation as condensation
 from dbojax.tasks.federated_toy import federated_toy as federated_toy
@@ -24,6 +24,8 @@ from dbojax.tasks.pde import pde_coefficient as pde_coefficient
 from dbojax.tasks.quadratics import quadratic as quadratic
 from dbojax.tasks.quadratics import with_equal_curvature as with_equal_curvature
 from dbojax.tasks.quadratics import worker_quadratic as worker_quadratic
+from dbojax.tasks.representations import Backbone as Backbone
+from dbojax.tasks.representations import mlp as mlp
 from dbojax.tasks.single_level import SingleLevel as SingleLevel
 from dbojax.tasks.single_level import logistic_regression as logistic_regression
 from dbojax.tasks.task import ClosedForm as ClosedForm

@@ -13,6 +13,7 @@ import optax
 from dbojax.base import Batch, Problem
 from dbojax.tasks import data
 from dbojax.tasks.data import Numbered, Samples, Shards
+from dbojax.tasks.representations import mlp, started
 from dbojax.tasks.samplers import minibatches, paired
 from dbojax.tasks.task import Task, at_mean
 
@@ -83,7 +84,12 @@ def _digits_on_ten_nodes(shards):
     return data.distribute(data.digits(), n=10) if shards is None else shards
 
 
-def coefficient_tuning(shards: Shards | None = None, ridge: float = 1.0) -> Task:
+def coefficient_tuning(
+    shards: Shards | None = None,
+    ridge: float = 1.0,
+    corruption: float = 0.0,
+    seed: int = 0,
+) -> Task:
     r"""Tune one regularisation coefficient per feature of a linear classifier.
 
     .. math::
@@ -97,6 +103,9 @@ def coefficient_tuning(shards: Shards | None = None, ridge: float = 1.0) -> Task
     Args:
         shards: the data; by default scikit-learn's digits, dealt out to ten nodes.
         ridge: :math:`c_r`.
+        corruption: the probability that a training label is replaced by a uniform one,
+            which may be the true one; validation and test labels stay clean.
+        seed: of the replaced labels, in NumPy's default generator.
 
     Returns:
         A task that starts at zero and is judged by ``validation_loss``, ``test_loss``
@@ -104,7 +113,7 @@ def coefficient_tuning(shards: Shards | None = None, ridge: float = 1.0) -> Task
 
     Raises:
         ValueError: if ``ridge`` is not positive: the lower level would have no unique
-            solution.
+            solution; or ``corruption`` is not a probability.
 
     Examples:
         >>> task = coefficient_tuning()
@@ -125,6 +134,7 @@ def coefficient_tuning(shards: Shards | None = None, ridge: float = 1.0) -> Task
         )
     shards = _digits_on_ten_nodes(shards)
     d, c = shards.train.inputs.shape[-1], shards.num_classes
+    shards = shards._replace(train=_corrupted(shards.train, c, corruption, seed)[0])
 
     def logits(x, y, inputs):
         del x
@@ -148,6 +158,11 @@ def _numbered(samples):
 
 def _corrupted(samples, num_classes, corruption, seed):
     """Samples with drawn labels, and whether each true one's label has changed."""
+    if not 0 <= corruption <= 1:
+        raise ValueError(
+            f"`corruption` is the probability that a label is replaced, in [0, 1]; got "
+            f"corruption={corruption}."
+        )
     rng = np.random.default_rng(seed)
     mask, labels = np.asarray(samples.mask), np.array(samples.labels)
     # Drawn for the true samples alone, so that the padding has no influence.
@@ -228,11 +243,6 @@ def hyper_cleaning(
         (2022), arXiv:2201.13409, whose mean over all samples is here the mean of the
         nodes' means.
     """
-    if not 0 <= corruption <= 1:
-        raise ValueError(
-            f"`corruption` is the probability that a label is replaced, in [0, 1]; got "
-            f"corruption={corruption}."
-        )
     if isinstance(ridge, int | float) and ridge <= 0:
         raise ValueError(
             f"`ridge` makes the lower level strongly convex and is positive, got "
@@ -267,32 +277,6 @@ def hyper_cleaning(
     )
 
 
-def mlp(widths: tuple[int, ...] = (64, 32)) -> Any:
-    """Layers with rectified outputs, as a flax (linen) module: a backbone.
-
-    Examples:
-        >>> backbone = mlp((8, 4))
-        >>> variables = backbone.init(jax.random.key(0), jnp.ones((1, 3)))
-        >>> backbone.apply(variables, jnp.ones((5, 3))).shape
-        (5, 4)
-    """
-    linen = data.require("flax.linen", "A backbone")
-    layers = [part for width in widths for part in (linen.Dense(width), linen.relu)]
-    return linen.Sequential(layers)
-
-
-def _params(backbone, d, seed):
-    variables = dict(backbone.init(jax.random.key(seed), jnp.zeros((1, d))))
-    params = variables.pop("params", {})
-    if variables or not params:
-        found = ["params"] * bool(params) + sorted(variables)
-        raise ValueError(
-            f"A backbone has the collection `params` and nothing else, got {found}. "
-            "Replace layers that carry statistics, e.g. batch by layer normalisation."
-        )
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), params)
-
-
 def hyper_representation(
     shards: Shards | None = None,
     backbone: Any = None,
@@ -310,8 +294,9 @@ def hyper_representation(
 
     Args:
         shards: the data; by default scikit-learn's digits, dealt out to ten nodes.
-        backbone: a flax (linen) module from (m, d) to (m, features), with parameters
-            alone; :func:`mlp` by default.
+        backbone: from (m, d) to (m, features): a
+            :class:`~dbojax.tasks.representations.Backbone` or a flax (linen) module
+            with parameters alone; :func:`~dbojax.tasks.representations.mlp` by default.
         ridge: :math:`\mu`, the strong convexity of the lower level.
         seed: of the backbone's start.
 
@@ -324,7 +309,7 @@ def hyper_representation(
             parameters.
 
     Examples:
-        >>> task = hyper_representation(backbone=mlp((16, 8)))
+        >>> task = hyper_representation(backbone=dbo.tasks.mlp((16, 8)))
         >>> jax.tree.map(jnp.shape, task.y0)
         {'bias': (10,), 'kernel': (8, 10)}
 
@@ -339,10 +324,7 @@ def hyper_representation(
     shards = _digits_on_ten_nodes(shards)
     backbone = mlp() if backbone is None else backbone
     d, c = shards.train.inputs.shape[-1], shards.num_classes
-    x0 = _params(backbone, d, seed)
-
-    def features(x, inputs):
-        return backbone.apply({"params": x}, inputs)
+    x0, features = started(backbone, d, seed)
 
     def logits(x, y, inputs):
         return features(x, inputs) @ y["kernel"] + y["bias"][None]

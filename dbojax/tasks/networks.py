@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -42,16 +42,18 @@ def perceptron(d: int, classes: int, widths: tuple[int, ...] = (32,)) -> Network
         [(6, 4), (4, 3)]
     """
     sizes = [d, *widths, classes]
-    _check_sizes(sizes)
+    check_sizes(sizes)
 
     def init(key):
         keys = jax.random.split(key, len(sizes) - 1)
-        return [_dense(*layer) for layer in zip(keys, sizes, sizes[1:], strict=False)]
+        return [
+            dense_layer(*layer) for layer in zip(keys, sizes, sizes[1:], strict=False)
+        ]
 
     def logits(y, inputs):
         for layer in y[:-1]:
-            inputs = jax.nn.relu(_apply(layer, inputs))
-        return _apply(y[-1], inputs)
+            inputs = jax.nn.relu(affine(layer, inputs))
+        return affine(y[-1], inputs)
 
     return Network(init, logits)
 
@@ -90,11 +92,28 @@ def conv_net(
         The network of Shen et al. (2024), arXiv:2406.14095, appendix E.1, in the order
         of the authors' public code.
     """
-    _check_sizes([d, classes, width, blocks, channels])
+    check_sizes([d, classes, width, blocks, channels])
+    side = side_of(d, blocks, channels, "conv_net")
+
+    def init(key):
+        key_head, *keys = jax.random.split(key, blocks + 1)
+        layers = conv_blocks(keys, [channels] + [width] * blocks)
+        last = (side >> blocks) ** 2 * width
+        return {"blocks": layers, "head": dense_layer(key_head, last, classes)}
+
+    def logits(y, inputs):
+        images = convolved(y["blocks"], inputs.reshape(-1, side, side, channels))
+        return affine(y["head"], images.reshape(len(inputs), -1))
+
+    return Network(init, logits)
+
+
+def side_of(d: int, blocks: int, channels: int, name: str) -> int:
+    """Side of square images of d numbers, which so many blocks can halve."""
     side = math.isqrt(d // channels)
     if side * side * channels != d:
         raise ValueError(
-            f"`conv_net` takes square images, d = side * side * channels; got d={d} "
+            f"`{name}` takes square images, d = side * side * channels; got d={d} "
             f"with channels={channels}."
         )
     if not side >> blocks:
@@ -102,22 +121,15 @@ def conv_net(
             f"{blocks} blocks halve images of side {side} to nothing. Write "
             f"blocks={side.bit_length() - 1} or fewer."
         )
+    return side
 
-    def init(key):
-        key_head, *keys = jax.random.split(key, blocks + 1)
-        ins = [channels] + [width] * (blocks - 1)
-        layers = [_block(*each, width) for each in zip(keys, ins, strict=True)]
-        last = (side >> blocks) ** 2 * width
-        return {"blocks": layers, "head": _dense(key_head, last, classes)}
 
-    def logits(y, inputs):
-        images = inputs.reshape(-1, side, side, channels)
-        for layer in y["blocks"]:
-            images = jax.nn.relu(_apply(layer["conv"], patches(images)))
-            images = halved(instance_norm(layer, images))
-        return _apply(y["head"], images.reshape(len(inputs), -1))
-
-    return Network(init, logits)
+def convolved(layers: Sequence[Tree], images: jax.Array) -> jax.Array:
+    """Blocks of convolution, rectifier, instance norm and pooling, of any width."""
+    for layer in layers:
+        images = jax.nn.relu(affine(layer["conv"], patches(images)))
+        images = halved(instance_norm(layer, images))
+    return images
 
 
 def patches(images: jax.Array) -> jax.Array:
@@ -149,25 +161,32 @@ def halved(images: jax.Array) -> jax.Array:
     return even.reshape(m, height, 2, width, 2, channels).mean((2, 4))
 
 
-def _check_sizes(sizes):
+def check_sizes(sizes: Sequence[int]) -> None:
+    """Refuse a network with a layer of nothing."""
     if min(sizes) < 1:
         raise ValueError(f"Sizes of a network are positive, got {list(sizes)}.")
 
 
-def _dense(key, d, width):
+def dense_layer(key: jax.Array, d: int, width: int) -> Tree:
+    """A kernel with variance ``1 / d``, and a bias of zero."""
     kernel = jax.nn.initializers.lecun_normal()(key, (d, width), jnp.result_type(float))
     return {"kernel": kernel, "bias": jnp.zeros(width)}
 
 
-def _block(key, channels, width):
-    shape = (1, 1, 1, width)
-    return {
-        "conv": _dense(key, 9 * channels, width),
-        "scale": jnp.ones(shape),
-        "offset": jnp.zeros(shape),
-    }
+def conv_blocks(
+    keys: jax.Array | Sequence[jax.Array], channels: Sequence[int]
+) -> list[Tree]:
+    """Parameters of :func:`convolved`, from what comes in and each block puts out."""
+
+    def block(key, before, width):
+        conv = dense_layer(key, 9 * before, width)
+        shape = (1, 1, 1, width)
+        return {"conv": conv, "scale": jnp.ones(shape), "offset": jnp.zeros(shape)}
+
+    return [block(*e) for e in zip(keys, channels, channels[1:], strict=False)]
 
 
-def _apply(layer, inputs):
+def affine(layer: Tree, inputs: jax.Array) -> jax.Array:
+    """``inputs @ kernel + bias`` along the last axis."""
     bias = layer["bias"].reshape((1,) * (inputs.ndim - 1) + (-1,))
     return inputs @ layer["kernel"] + bias

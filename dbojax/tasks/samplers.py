@@ -21,6 +21,10 @@ def check_batch_size(batch_size: int) -> None:
         )
 
 
+def _is_samples(part):
+    return isinstance(part, Samples | Numbered)
+
+
 def _take(leaf, chosen):
     return jax.vmap(lambda rows, indices: rows[indices])(leaf, chosen)
 
@@ -141,6 +145,62 @@ def indexed(samples: Tree, batch_size: int) -> Sampler:
     return sampler
 
 
+def local(batch_size: int) -> Callable[[jax.Array, Tree], Tree]:
+    r"""Draw minibatches from the data of one node, which it is handed.
+
+    The b samples of a batch are distinct, all sets of b alike and whatever was drawn
+    before; a node with fewer samples gives them all, and one without any gives none.
+    Padding is never drawn: a mean over those that count is unbiased for the node's own
+    mean, and exact where b is not less than what the node has.
+
+    Args:
+        batch_size: b, the most samples in one batch.
+
+    Returns:
+        ``sample(key, data)`` gives data of the same kind, b long, with a mask; members
+        of a ``Batch`` are drawn independently of each other. It draws a number for each
+        sample and keeps the b largest, which is cheaper than to sort them. Lift it
+        with ``jax.vmap``, one key per node.
+
+    Raises:
+        ValueError: if ``batch_size`` is not positive, or the data holds an array that
+            is not in :class:`Samples`, numbered or not.
+
+    Examples:
+        >>> labels = jnp.arange(5)
+        >>> samples = Samples(labels[:, None] / 5, labels, mask=labels < 3)
+        >>> batch = local(2)(jax.random.key(0), Batch(upper=samples, lower=samples))
+        >>> int(batch.lower.labels.max()) < 3, batch.lower.mask.tolist()
+        (True, [True, True])
+        >>> local(4)(jax.random.key(0), samples).mask.tolist()
+        [True, True, True, False]
+    """
+    check_batch_size(batch_size)
+
+    def draw(key, samples):
+        width = min(batch_size, samples.mask.shape[0])
+        # Below every number that is drawn for a true sample.
+        rank = jnp.where(samples.mask, jax.random.uniform(key, samples.mask.shape), -1)
+        _, chosen = jax.lax.top_k(rank, width)
+        drawn = jax.tree.map(lambda leaf: leaf[chosen], samples)
+        return drawn._replace(mask=jnp.arange(width) < jnp.sum(samples.mask))
+
+    def sample(key, data):
+        parts, structure = jax.tree.flatten(data, is_leaf=_is_samples)
+        if not all(map(_is_samples, parts)):
+            kinds = sorted({type(part).__name__ for part in parts})
+            raise ValueError(
+                "`local` draws from `Samples` or `Numbered`, which say what is "
+                f"padding; got {kinds}. Write e.g. "
+                "`Batch(upper=Samples(...), lower=Samples(...))`."
+            )
+        keys = jax.random.split(key, len(parts))
+        drawn = [draw(*pair) for pair in zip(keys, parts, strict=True)]
+        return jax.tree.unflatten(structure, drawn)
+
+    return sample
+
+
 def full_batch(batch: Tree) -> Sampler:
     """Give all data at every step."""
 
@@ -247,11 +307,7 @@ def host_minibatches(samples: Tree, batch_size: int, seed: int) -> Callable:
         [0.0, 1.0, 2.0, 3.0, 4.0]
     """
     check_batch_size(batch_size)
-
-    def is_samples(leaf):
-        return isinstance(leaf, Samples | Numbered)
-
-    leaves, structure = jax.tree.flatten(samples, is_leaf=is_samples)
+    leaves, structure = jax.tree.flatten(samples, is_leaf=_is_samples)
     leaves = [jax.tree.map(np.asarray, leaf) for leaf in leaves]
 
     def draw(stream, leaf, step):
