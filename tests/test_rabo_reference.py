@@ -180,7 +180,7 @@ RABO = {
         TWO,
         "static",
         3,
-        {"keep": True, "radius": 0.4},
+        {"keep": True, "inner_steps": 0, "radius": 0.4},
         {"keep": True, "radius": 0.4},
     ),
 }

@@ -232,9 +232,9 @@ def picture(cells, quiet, options, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--rounds", type=int, nargs="+", default=[500, 1000, 2000, 4000, 8000]
+        "--rounds", type=int, nargs="+", default=[500, 1000, 2000, 4000]
     )
-    parser.add_argument("--copies", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--copies", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("results/rabo"))
     options = parser.parse_args()

@@ -104,7 +104,7 @@ def solve_all(options):
     chosen = settings(layout, options.rounds)
     return {
         (name, label): solve(label, chosen[label], name, toys, options)
-        for name in METHODS
+        for name in options.methods
         for label in options.only or chosen
     }
 
@@ -206,6 +206,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--only", nargs="+", help="labels of settings")
     parser.add_argument("--no-radii", action="store_true", help="skip the second table")
     parser.add_argument("--out", type=Path, default=Path("results/rabo"))
@@ -229,7 +230,7 @@ def main():
         f"{spread(start[1], '{:.2f}')} for identical ones. C_x*: the fewest clients "
         "that held an entry of x in any round.",
     ]
-    for name in METHODS:
+    for name in options.methods:
         rows = list(rows_of(found, name))
         write_csv(options.out / f"toy_{name.lower()}.csv", rows)
         lines += ["", f"## {name}", "", *table(rows), ""]
