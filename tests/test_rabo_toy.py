@@ -1,5 +1,7 @@
 """RABO and RAFBO on the federated toy: what full and partial models reach."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import dbojax as dbo
 from dbojax import submodels
 
 a = dbo.algorithms
-STEPS = {"upper_step": 0.05, "lower_step": 0.1, "perturbation": 1e-4}
+STEPS: dict[str, Any] = {"upper_step": 0.05, "lower_step": 0.1, "perturbation": 1e-4}
 
 
 @pytest.fixture(scope="module")

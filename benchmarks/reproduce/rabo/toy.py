@@ -19,6 +19,7 @@ ensure(["tasks", "plots"])
 
 import argparse
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from toy_common import CAPACITIES, spread, stacked, watched
 import dbojax as dbo
 
 s = dbo.submodels
-STEPS = {"upper_step": 0.05, "lower_step": 0.1, "linear_step": 0.1}
+STEPS: dict[str, Any] = {"upper_step": 0.05, "lower_step": 0.1, "linear_step": 0.1}
 WIDTH, EVERY = 1e-4, 10
 FULL = "full, K = 1"
 CASES = ("heterogeneous", "identical")
