@@ -21,6 +21,7 @@ ensure(["tasks", "plots"])
 import argparse
 import functools
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ s = dbo.submodels
 SIGMA, WIDTH, EVERY = 1.0, 1e-2, 10
 # Steps base * sqrt(C / Q) for x and RATIO times that for y and z.
 BASE, RATIO = 0.25, 4.0
-QUIET = 0.05  # constant step of x in the runs without noise
+CONSTANT = 0.02  # step of x where it does not depend on C and Q
 KINDS = {"full": s.static(), "static": s.static(), "staggered": s.staggered()}
 METHODS = {"RAFBO": dbo.algorithms.rafbo, "RABO": dbo.algorithms.rabo}
 
@@ -131,98 +132,107 @@ def coverage_of(kind):
     return int(jnp.min(jax.lax.map(least, jnp.arange(48))))
 
 
-def measure(options):
-    """Squares per (method, kind): (copies, rounds, seeds), and floors without noise."""
+class Found(NamedTuple):
+    """Squares of one method with one kind of sub-models."""
+
+    unit: int  # C_x* of one copy
+    noisy: np.ndarray  # (copies, rounds, seeds), means over all rounds
+    still: np.ndarray  # (copies, rounds), the same steps without noise
+    steady: np.ndarray  # (copies, seeds), constant steps, last third of the rounds
+    floor: float  # constant steps without noise, last third
+
+
+def measure(name, kind, options):
     keys = jax.random.split(jax.random.key(1), options.seeds)
-    cells, quiet = {}, {}
-    for name in METHODS:
-        for kind in KINDS:
-            unit, begin = coverage_of(kind), time.perf_counter()
-            _, floor, _ = runner(name, kind, 1, False)(keys[:1], QUIET, 6000)
-            quiet[name, kind] = float(floor[0])
-            grid = np.zeros((len(options.copies), len(options.rounds), options.seeds))
-            for i, copies in enumerate(options.copies):
-                for j, rounds in enumerate(options.rounds):
-                    step = BASE * (unit * copies / rounds) ** 0.5
-                    found = runner(name, kind, copies, True)(keys, step, rounds)
-                    grid[i, j] = found[0]
-                    assert (np.asarray(found[2]) == unit * copies).all()
-            cells[name, kind] = unit, grid
-            seconds = time.perf_counter() - begin
-            print(f"  {name}, {kind}: {seconds:.0f} s", flush=True)
-    return cells, quiet
+    shape = len(options.copies), len(options.rounds)
+    unit, begin = coverage_of(kind), time.perf_counter()
+    noisy, still = np.zeros((*shape, options.seeds)), np.zeros(shape)
+    steady = np.zeros((shape[0], options.seeds))
+    # Copies without noise do the same: one is enough.
+    quiet = runner(name, kind, 1, False)
+    floor = float(quiet(keys[:1], CONSTANT, 12_000)[1][0])
+    for i, copies in enumerate(options.copies):
+        run = runner(name, kind, copies, True)
+        for j, rounds in enumerate(options.rounds):
+            step = BASE * (unit * copies / rounds) ** 0.5
+            noisy[i, j], _, least = run(keys, step, rounds)
+            still[i, j] = quiet(keys[:1], step, rounds)[0][0]
+            assert (np.asarray(least) == unit * copies).all()
+        steady[i] = run(keys, CONSTANT, 3000)[1]
+    seconds = time.perf_counter() - begin
+    print(f"  {name}, {kind}: {seconds:.0f} s", flush=True)
+    return Found(unit, noisy, still, steady, floor)
 
 
-def slopes(unit, means, options, floor=0.0):
-    """Exponents of C and of Q in ``means - floor``, and how much is left unexplained.
-
-    Cells in which C Q is below four times its least are still on their way from the
-    start and are left out.
-    """
-    c = unit * np.asarray(options.copies, float)[:, None] + 0 * means
-    q = np.asarray(options.rounds, float)[None] + 0 * means
+def slopes(coverage, rounds, values):
+    """Exponents of C and of Q in a table of values."""
+    c, q = np.broadcast_arrays(coverage[:, None], np.asarray(rounds, float)[None])
+    # On the way from the start the gradient is bounded, so no power law can hold.
     late = c * q >= 4 * (c * q).min()
-    columns = [np.ones(late.sum()), np.log(c[late]), np.log(q[late])]
-    logs = np.log(means[late] - floor)
-    found, *_ = np.linalg.lstsq(np.stack(columns, 1), logs, rcond=None)
-    rest = logs - np.stack(columns, 1) @ found
-    return found[1:], float(np.sqrt(np.mean(rest**2)))
+    columns = np.stack([np.ones(late.sum()), np.log(c[late]), np.log(q[late])], 1)
+    return np.linalg.lstsq(columns, np.log(values[late]), rcond=None)[0][1:]
 
 
-def fitted(unit, means, options):
-    """The floor between zero and the least mean that explains the most."""
-    floors = np.linspace(0, 0.98, 99) * means.min()
-    scored = [slopes(unit, means, options, floor)[1] for floor in floors]
-    floor = floors[int(np.argmin(scored))]
-    return floor, *slopes(unit, means, options, floor)
+def with_spread(fit, options):
+    """``fit`` of all seeds, and its standard deviation over draws of the seeds."""
+    rng, everyone = np.random.default_rng(0), np.arange(options.seeds)
+    draws = rng.integers(options.seeds, size=(200, options.seeds))
+    middle, spread = fit(everyone), np.std([fit(d) for d in draws], 0)
+    return [f"{m:.2f} ± {d:.2f}" for m, d in zip(middle, spread, strict=True)]
 
 
-def summary(cells, quiet, options):
-    for (name, kind), (unit, grid) in cells.items():
-        means = grid.mean(-1)
-        (raw_c, raw_q), _ = slopes(unit, means, options)
-        floor, (c, q), rest = fitted(unit, means, options)
-        if kind == "full":  # nothing is masked: no floor to fit
-            floor, ((c, q), rest) = 0.0, slopes(unit, means, options)
-        draws = np.random.default_rng(0).integers(
-            options.seeds, size=(200, options.seeds)
-        )
-        again = [slopes(unit, grid[..., d].mean(-1), options, floor)[0] for d in draws]
-        spread_c, spread_q = np.std(again, 0)
+def summary(cells, options):
+    for (name, kind), found in cells.items():
+        coverage = found.unit * np.asarray(options.copies, float)
+
+        def fit(seeds, less, found=found, coverage=coverage):
+            means = found.noisy[..., seeds].mean(-1) - less
+            return slopes(coverage, options.rounds, means)
+
+        def steady(seeds, found=found, coverage=coverage):
+            rest = found.steady[:, seeds].mean(-1) - found.floor
+            return np.polyfit(np.log(coverage), np.log(rest), 1)[:1]
+
+        floor = 0.0 if kind == "full" else found.floor
+        raw = with_spread(functools.partial(fit, less=0.0), options)
+        above = with_spread(functools.partial(fit, less=floor), options)
+        noise = with_spread(functools.partial(fit, less=found.still), options)
         yield {
             "method": name,
             "sub-models": kind,
-            "C_x* per copy": unit,
-            "exponent of C": f"{raw_c:.2f}",
-            "of Q": f"{raw_q:.2f}",
-            "floor, no noise": f"{quiet[name, kind]:.1e}",
-            "floor, fitted": f"{floor:.2g}",
-            "exponent of C above it": f"{c:.2f} ± {spread_c:.2f}",
-            "of Q above it": f"{q:.2f} ± {spread_q:.2f}",
-            "misfit": f"{rest:.2f}",
+            "mask floor": f"{found.floor:.1e}",
+            "all: C": raw[0],
+            "all: Q": raw[1],
+            "above the floor: C": above[0],
+            "above the floor: Q": above[1],
+            "due to noise: C": noise[0],
+            "due to noise: Q": noise[1],
+            "constant steps: C": with_spread(steady, options)[0],
         }
 
 
 def values(cells, options):
-    for (name, kind), (unit, grid) in cells.items():
-        for copies, row in zip(options.copies, grid, strict=True):
-            cell = {"method": name, "sub-models": kind, "C_x*": unit * copies}
-            for rounds, found in zip(options.rounds, row, strict=True):
-                cell[f"Q = {rounds}"] = f"{found.mean():.3g}"
+    for (name, kind), found in cells.items():
+        for copies, noisy, still in zip(
+            options.copies, found.noisy, found.still, strict=True
+        ):
+            cell = {"method": name, "sub-models": kind, "C_x*": found.unit * copies}
+            for rounds, square, quiet in zip(options.rounds, noisy, still, strict=True):
+                cell[f"Q = {rounds}"] = f"{square.mean():.3f} ({quiet:.3f})"
             yield cell
 
 
-def picture(cells, quiet, options, path):
+def picture(cells, options, path):
     figure, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
-    for ax, ((name, kind), (unit, grid)) in zip(axes.flat, cells.items(), strict=True):
-        for copies, row in zip(options.copies, grid, strict=True):
-            c = unit * copies
+    for ax, ((name, kind), found) in zip(axes.flat, cells.items(), strict=True):
+        for copies, row in zip(options.copies, found.noisy, strict=True):
+            c = found.unit * copies
             at = c * np.asarray(options.rounds)
             ax.loglog(at, row.mean(-1), "o-", label=f"C_x* = {c}")
         products = np.array(ax.get_xlim())
         ax.loglog(products, 25 / products**0.5, "k--", alpha=0.5, label="slope -1/2")
         if kind != "full":
-            ax.axhline(quiet[name, kind], color="k", lw=1, label="floor without noise")
+            ax.axhline(found.floor, color="k", lw=1, label="mask floor")
         ax.set(title=f"{name}, {kind}", xlabel="C_x* Q")
         ax.set_ylabel("mean squared true hypergradient")
         ax.legend(fontsize="x-small")
@@ -240,11 +250,13 @@ def main():
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    cells, quiet = measure(options)
-    rows, fits = list(values(cells, options)), list(summary(cells, quiet, options))
+    cells = {
+        (name, kind): measure(name, kind, options) for name in METHODS for kind in KINDS
+    }
+    rows, fits = list(values(cells, options)), list(summary(cells, options))
     write_csv(options.out / "rate.csv", rows)
     write_csv(options.out / "rate_fits.csv", fits)
-    picture(cells, quiet, options, options.out / "rate.png")
+    picture(cells, options, options.out / "rate.png")
     lines = [
         "# The rate of RABO and RAFBO on the toy, our formulation",
         "",
@@ -254,17 +266,21 @@ def main():
         f"{WIDTH:g}, no projection; noise of standard deviation {SIGMA:g} on every "
         f"gradient; steps {BASE:g} sqrt(C_x* / Q) for x and {RATIO:g} times that for y "
         f"and z, one local step. Mean over all rounds of the squared norm of the true "
-        f"hypergradient (every {EVERY}th round), mean of {options.seeds} seeds. The "
-        "same sub-models are held by more and more copies of four clients; C_x* is "
-        "what was observed. Floor without noise: one copy, last third of 6000 rounds "
-        f"of {QUIET:g}. Fits are least squares on logarithms over all cells but those "
-        "still on their way from the start (C_x* Q below four times its least); ± is "
-        "one bootstrap standard deviation over the seeds, the fitted floor held fixed; "
-        "misfit: root mean square of what is left, in logarithms.",
+        f"hypergradient (every {EVERY}th round), mean of {options.seeds} seeds; in "
+        "brackets the same steps without noise. The same sub-models are held by more "
+        "and more copies of four clients; C_x* is what was observed.",
         "",
         *table(rows, left=2),
         "",
-        "## Fitted exponents; the theory says -0.5 above a floor",
+        "## Fitted exponents",
+        "",
+        "Least squares on logarithms, cells with C_x* Q below four times its least "
+        "left out; ± is one bootstrap standard deviation over the seeds. Mask floor: "
+        f"constant steps of {CONSTANT:g} without noise, last third of 12000 rounds. "
+        "The theory says -0.5 above the floor. Due to noise: what remains after the "
+        "runs without noise are subtracted, -0.5 again. Constant steps: the last third "
+        f"of 3000 rounds of {CONSTANT:g} less the floor, where noise that is averaged "
+        "over the holders leaves -1.",
         "",
         *table(fits, left=2),
         "",
