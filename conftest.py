@@ -1,14 +1,19 @@
 """Settings and fixtures shared by the tests and the doctests."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # Nearly all time goes into compiling small programs, many of them alike: optimise them
-# less, and keep what was compiled.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-)
+# less, in one piece each, and keep what was compiled.
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+        "--xla_cpu_parallel_codegen_split_count=1"
+    )
+    if version("jaxlib").startswith("0.10."):
+        # Half the time of a program. Later versions know it no more, and would stop.
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import chex
 import jax

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# A file's tests share compiled programs, cached tasks and fixtures: on one worker.
+TOGETHER = ["--dist", "loadfile"]
 
 
 def main(options):
@@ -16,7 +18,7 @@ def main(options):
     from environment import ensure
 
     ensure(["test"])
-    pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", *options]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", *TOGETHER, *options]
     failed = subprocess.call(pytest, cwd=ROOT)
     notebooks = sorted(str(path) for path in (ROOT / "notebooks").glob("*.ipynb"))
     if notebooks and not options:

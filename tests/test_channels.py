@@ -16,16 +16,19 @@ LOSSY = {
 }
 
 
-def _values(key, n=toys.N):
-    key_a, key_b = jax.random.split(key)
-    return {
-        "a": jax.random.normal(key_a, (n, 7)),
-        "b": jax.random.normal(key_b, (n, 2, 3)),
-    }
+def _normal(*shape):
+    return jnp.asarray(np.random.default_rng(7).normal(size=shape))
 
 
-def _zeros(v):
-    return jax.tree.map(jnp.zeros_like, v)
+def _values(n=toys.N):
+    both = _normal(n, 13)
+    a, b = np.split(np.asarray(both), [7], axis=1)
+    return {"a": jnp.asarray(a), "b": jnp.asarray(b.reshape(n, 2, 3))}
+
+
+def _send(channel, v, key):
+    """A first exchange, in one program."""
+    return jax.jit(lambda key, v: channel.send(key, v, channel.init(v)))(key, v)
 
 
 def _close(a, b, atol=1e-12):
@@ -38,16 +41,20 @@ def _gossip(channel, v, rounds, key):
         v, state, _ = channel.send(key, v, state)
         return (v, state), None
 
-    keys = jax.random.split(key, rounds)
-    start = (v, channel.init(_zeros(v)))
-    return jax.jit(lambda s: jax.lax.scan(one, s, keys)[0])(start)
+    @jax.jit
+    def run(key, v):
+        zeros = jax.tree.map(jnp.zeros_like, v)
+        keys = jax.random.split(key, rounds)
+        return jax.lax.scan(one, (v, channel.init(zeros)), keys)[0]
+
+    return run(key, v)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_exact_is_the_matrix(graph, key):
-    w, v = GRAPHS[graph], _values(key)
+    w, v = GRAPHS[graph], _values()
     channel = dbo.channels.exact(dbo.mixing.mixer(w), gamma=0.7)
-    held, _, _ = channel.send(key, v, channel.init(v))
+    held, _, _ = _send(channel, v, key)
     slow = np.eye(toys.N) + 0.7 * (w - np.eye(toys.N))
     _close(held, jax.tree.map(lambda a: np.einsum("ij,j...->i...", slow, a), v))
 
@@ -56,7 +63,7 @@ def test_exact_is_the_matrix(graph, key):
 @pytest.mark.parametrize(("name", "graph"), toys.star_cover(COMPRESSORS, GRAPHS))
 def test_the_mean_is_kept(kind, name, graph, key):
     channel = LOSSY[kind](dbo.mixing.mixer(GRAPHS[graph]), COMPRESSORS[name], 0.3)
-    v = _values(key)
+    v = _values()
     held, _ = _gossip(channel, v, 5, key)
     assert float(dbo.consensus_error(jax.tree.map(jnp.subtract, held, v))) > 1e-3
     _close(dbo.node_mean(held), dbo.node_mean(v))
@@ -65,7 +72,7 @@ def test_the_mean_is_kept(kind, name, graph, key):
 @pytest.mark.parametrize("kind", LOSSY)
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_the_identity_compressor_is_the_exact_channel(kind, graph, key):
-    mix, v = dbo.mixing.mixer(GRAPHS[graph]), _values(key)
+    mix, v = dbo.mixing.mixer(GRAPHS[graph]), _values()
     lossy = LOSSY[kind](mix, dbo.compressors.identity(), 0.4)
     _close(
         _gossip(lossy, v, 6, key)[0],
@@ -77,8 +84,9 @@ def test_the_identity_compressor_is_the_exact_channel(kind, graph, key):
 def test_consensus_is_a_fixed_point(name, key):
     mix = dbo.mixing.mixer(GRAPHS["ring"])
     channel = dbo.channels.reference_point(mix, COMPRESSORS[name], 0.3)
-    v = dbo.replicate(jax.tree.map(lambda a: a[0], _values(key)), toys.N)
-    held, _, _ = channel.send(key, v, channel.init(v))
+    one = jax.tree.map(lambda a: np.asarray(a)[:1], _values())
+    v = jax.tree.map(lambda a: jnp.asarray(np.repeat(a, toys.N, 0)), one)
+    held, _, _ = _send(channel, v, key)
     _close(held, v)
 
 
@@ -86,7 +94,7 @@ def test_consensus_is_a_fixed_point(name, key):
 def test_reference_points_reach_agreement_on_the_mean(name, key):
     mix = dbo.mixing.mixer(GRAPHS["erdos_renyi"])
     channel = dbo.channels.reference_point(mix, COMPRESSORS[name], 0.2)
-    v = _values(key)
+    v = _values()
     held, _ = _gossip(channel, v, 1500, key)
     _close(held, dbo.replicate(dbo.node_mean(v), toys.N), atol=1e-6)
 
@@ -94,7 +102,7 @@ def test_reference_points_reach_agreement_on_the_mean(name, key):
 def test_naive_messages_never_settle(key):
     mix = dbo.mixing.mixer(GRAPHS["ring"])
     channel = dbo.channels.error_feedback(mix, dbo.compressors.top_k(0.2), 0.3)
-    held, _ = _gossip(channel, _values(key), 1500, key)
+    held, _ = _gossip(channel, _values(), 1500, key)
     assert float(dbo.consensus_error(held)) > 1e-2
 
 
@@ -102,10 +110,19 @@ def test_naive_messages_never_settle(key):
 def test_the_running_sum_is_the_mixed_copies(name, graph, key):
     w = GRAPHS[graph]
     channel = dbo.channels.reference_point(dbo.mixing.mixer(w), COMPRESSORS[name], 0.3)
-    v = _values(key)
+    v = _values()
     _, state = _gossip(channel, v, 20, key)
     mixed = jax.tree.map(lambda a: np.einsum("ij,j...->i...", w, a), state.hat)
     _close(state.mixed_hat, mixed)
+
+
+def test_the_first_running_sum_is_that_of_what_is_known():
+    w, v = GRAPHS["star"], _values()
+    c = dbo.compressors.top_k(0.4)
+    channel = dbo.channels.reference_point(dbo.mixing.mixer(w), c, 0.3)
+    state = jax.jit(channel.init)(v)
+    _close(state.hat, v)
+    _close(state.mixed_hat, jax.tree.map(lambda a: np.einsum("ij,j...->i...", w, a), v))
 
 
 @pytest.mark.parametrize("length", [20, 400], ids=["mixed", "scattered"])
@@ -113,17 +130,22 @@ def test_running_sums_forget_their_rounding_errors(length, key):
     """Else trackers add them up: a drift of the mean that never ends in float32."""
     mix = dbo.mixing.mixer(GRAPHS["erdos_renyi"])
     channel = dbo.channels.reference_point(mix, dbo.compressors.top_k(2), 0.1)
-    v = 1e3 * jax.random.normal(key, (toys.N, length), jnp.float32)
+    v = (1e3 * np.asarray(_normal(toys.N, length))).astype(np.float32)
 
     def send(state, inputs):
         v, key = inputs
         return channel.send(key, v, state)[1], None
 
-    values = jnp.concatenate([jnp.stack([v] * 100), jnp.zeros((1500, *v.shape))])
-    keys = jax.random.split(key, len(values))
-    state, _ = jax.lax.scan(send, channel.init(0 * v), (values.astype(v.dtype), keys))
-    assert not state.hat.any()
-    assert not state.mixed_hat.any()
+    values = np.concatenate([np.stack([v] * 100), np.zeros((1500, *v.shape), v.dtype)])
+
+    @jax.jit
+    def run(key, values):
+        start, keys = channel.init(0 * values[0]), jax.random.split(key, len(values))
+        return jax.lax.scan(send, start, (values, keys))[0]
+
+    state = run(key, values)
+    assert not np.asarray(state.hat).any()
+    assert not np.asarray(state.mixed_hat).any()
 
 
 def test_distributed_copies_are_not_mixed_anew(key):
@@ -136,19 +158,21 @@ def test_distributed_copies_are_not_mixed_anew(key):
             dbo.channels.reference_point(mix, top, 0.3)
             for mix in (whole, whole._replace(local=False))
         )
-        v = jax.random.normal(key, (toys.N, 200))
+        v = _normal(toys.N, 200)
         _close(_gossip(a, v, 20, key), _gossip(b, v, 20, key))
 
 
 @pytest.mark.parametrize("kind", ["exact", *LOSSY])
 def test_no_setting_changes_the_dtype(kind, key):
-    mix, v = dbo.mixing.mixer(GRAPHS["ring"]), jnp.ones((toys.N, 8), jnp.float32)
+    mix = dbo.mixing.mixer(GRAPHS["ring"])
+    v = jax.ShapeDtypeStruct((toys.N, 8), jnp.float32)
     for gamma in (0.5, np.float64(0.5), jnp.asarray([0.5], jnp.float64)[0]):
         if kind == "exact":
             channel = dbo.channels.exact(mix, gamma)
         else:
             channel = LOSSY[kind](mix, dbo.compressors.top_k(2), gamma)
-        held, state, _ = channel.send(key, v, channel.init(v))
+        state = jax.eval_shape(channel.init, v)
+        held, state, _ = jax.eval_shape(channel.send, key, v, state)
         dtypes = {leaf.dtype for leaf in jax.tree.leaves((held, state))}
         assert dtypes == {np.dtype("float32")}
 
@@ -156,7 +180,7 @@ def test_no_setting_changes_the_dtype(kind, key):
 def test_sparse_messages_are_added_without_a_dense_detour(key):
     """Both ways of adding give the same numbers; sparse ones only scatter."""
     mix = dbo.mixing.mixer(GRAPHS["ring"])
-    v = jax.random.normal(key, (toys.N, 200))
+    v = _normal(toys.N, 200)
     sparse = dbo.compressors.top_k(2)
     channel = dbo.channels.reference_point(mix, sparse, 0.3)
     plain = dbo.channels.reference_point(mix, sparse._replace(add=None), 0.3)
@@ -169,19 +193,20 @@ def test_sparse_messages_are_added_without_a_dense_detour(key):
 @pytest.mark.parametrize("name", COMPRESSORS)
 @pytest.mark.parametrize("kind", LOSSY)
 def test_the_meter_counts_the_payload(kind, name, key):
-    mix, v = dbo.mixing.mixer(GRAPHS["star"]), _values(key)
+    mix, v = dbo.mixing.mixer(GRAPHS["star"]), _values()
     channel = LOSSY[kind](mix, COMPRESSORS[name], 0.3)
-    _, _, traffic = jax.eval_shape(channel.send, key, v, channel.init(v))
-    row = jax.tree.map(lambda a: a[0], v)
-    state = COMPRESSORS[name].init(row)
-    payload, _ = jax.jit(COMPRESSORS[name].compress)(key, row, state)
+    state = jax.eval_shape(channel.init, v)
+    _, _, traffic = jax.eval_shape(channel.send, key, v, state)
+    row = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[0]), v)
+    c = COMPRESSORS[name]
+    payload, _ = jax.jit(lambda key, v: c.compress(key, v, c.init(v)))(key, row)
     message = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(payload))
     assert traffic == dbo.Traffic(message, message * 2 * (toys.N - 1), 1)
 
 
 def test_dense_messages_count_their_own_bytes(key):
     channel = dbo.channels.exact(dbo.mixing.mixer(GRAPHS["ring"]))
-    v = _values(key)
+    v = _values()
     traffic = channel.send(key, v, channel.init(v))[2]
     assert traffic == dbo.Traffic(8 * 13, 8 * 13 * 2 * toys.N, 1)
 

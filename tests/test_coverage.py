@@ -7,9 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dbojax.submodels.coverage import counts, smallest
-from dbojax.submodels.phases import coverage_aware, meetings, search
-from dbojax.submodels.rules import Group, aligned, per_layer, shifts
+import dbojax as dbo
+from dbojax.submodels import (
+    Drawn,
+    Group,
+    aligned,
+    counts,
+    coverage_aware,
+    per_layer,
+    smallest,
+)
+from dbojax.submodels.coverage import over_rounds
+from dbojax.submodels.phases import meetings, search
+from dbojax.submodels.rules import shifts
 
 UNITS = {"a": 4, "b": 6, "c": 3}
 LABELS = {
@@ -35,11 +45,6 @@ SHAPES = {
 LIKE = {
     name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()
 }
-
-
-class Drawn(NamedTuple):
-    clients: jax.Array
-    kept: dict
 
 
 class Meeting(NamedTuple):
@@ -164,8 +169,8 @@ def test_searched_phases_cover_pairs_best(sizes, capacities):
 
 
 def test_search_cures_what_strides_of_layers_leave():
-    layout, capacities = chain(32, 32, 32), [0.0625] * 20
-    groups = [Group(f"h{i}", i, 32, 32, 20) for i in range(3)]
+    layout, capacities = chain(32, 32, 32), [0.0625] * 8
+    groups = [Group(f"h{i}", i, 32, 32, 8) for i in range(3)]
     default = {g.name: per_layer(g) for g in groups}
     assert worst_pair(layout, default, capacities, 32) == 0
     assert worst_pair(layout, search(layout, capacities), capacities, 32) >= 1
@@ -209,3 +214,53 @@ def test_what_cannot_be_searched_is_refused():
     for capacities in ([], [0.0], [1.5], [[0.5]], [np.nan]):
         with pytest.raises(ValueError, match="one number in"):
             coverage_aware(layout, capacities)
+
+
+def network(width):
+    x = [jnp.zeros((3, width)), jnp.zeros((width, width))]
+    y = jnp.zeros((width, 2))
+    return x, y, dbo.submodels.layout(x, y, ["_ a", "a b"], "b _")
+
+
+def test_coverage_over_rounds_equals_a_loop():
+    x, y, layout = network(6)
+    capacities = [1.0, 0.5, 0.5, 0.5]
+    some = dbo.submodels.fleet(layout, capacities, participants={0.5: 2}, minimum=0)
+    key = jax.random.key(3)
+    found = jax.jit(lambda key: over_rounds(key, some, x, y, rounds=5))(key)
+    labels, each, total = (layout.x, layout.y), [], 0
+    draw = jax.jit(lambda q: dbo.submodels.draw(some, jax.random.fold_in(key, q), q))
+    count = jax.jit(lambda drawn: counts(labels, layout.units, drawn, (x, y)))
+    for q in range(5):
+        held_x, held_y = count(draw(q))
+        each.append((min(leaf.min() for leaf in held_x), held_y.min()))
+        total += np.array([*map(np.ravel, (held_x[1], held_y))], object)
+    assert list(zip(*map(np.asarray, found.rounds), strict=True)) == each
+    # No first kernel is held less often than the second, which needs both units.
+    assert [found.total.x, found.total.y] == [row.min() for row in total]
+
+
+@pytest.mark.parametrize(
+    ("rule", "covered"),
+    {
+        "aligned": (dbo.submodels.staggered(aligned), False),
+        "static": (dbo.submodels.static(), False),
+        "magnitude": (dbo.submodels.magnitude(), False),
+        "per layer": (dbo.submodels.staggered(), True),
+    }.values(),
+)
+def test_small_clients_alone_reach_every_weight_with_moving_phases_only(rule, covered):
+    x, y, layout = network(8)
+    quarters = dbo.submodels.fleet(layout, [0.25] * 4, rule, minimum=0)
+    found = over_rounds(jax.random.key(0), quarters, x, y, rounds=8)
+    assert found.rounds.x.max() == 0
+    assert bool(found.total.x > 0) == covered
+
+
+def test_over_rounds_refuses_what_is_no_window():
+    x, y, layout = network(4)
+    full = dbo.submodels.fleet(layout, [1.0])
+    with pytest.raises(ValueError, match="whole number of rounds from 1 on, got 0"):
+        over_rounds(jax.random.key(0), full, x, y, rounds=0)
+    with pytest.raises(TypeError, match="`fleet` must be a Fleet"):
+        over_rounds(jax.random.key(0), layout, x, y, rounds=1)

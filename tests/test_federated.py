@@ -60,8 +60,9 @@ def method(make=A.rafbo, problem=PROBLEM, fleet=fleet(), **settings):  # noqa: B
 
 
 @functools.cache
-def after_three(name, **settings):
-    return run(method(MAKERS[name], **settings))
+def after_three(name, uplink="dense", **settings):
+    uplink = UPLINKS[uplink]
+    return run(method(MAKERS[name], radius=2.0, uplink=uplink, **settings))
 
 
 MAKERS = {
@@ -112,13 +113,12 @@ UPLINKS = {
     ],
 )
 def test_smaller_networks_give_the_numbers_of_masked_ones(name, uplink):
-    settings = {"radius": 2.0, "uplink": UPLINKS[uplink]}
-    state, metrics = after_three(name, **settings)
-    other, told = after_three(name, extracted=False, **settings)
+    state, metrics = after_three(name, uplink)
+    other, told = after_three(name, uplink, extracted=False)
     close(variables(state), variables(other))
     close(metrics, told)
     assert metrics.traffic == told.traffic
-    moved = jax.tree.map(lambda a, b: np.abs(a - b[0]).max(), state.x, start()[0])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.x, start()[0])
     assert min(moved.values()) > 1e-3
 
 
@@ -145,7 +145,7 @@ def test_modules_that_know_their_width_are_built_anew():
         )
     )
     state, _ = run(method(problem=make({"h": H}), smaller=make, radius=2.0))
-    close(variables(state), variables(after_three("rafbo", radius=2.0, uplink=None)[0]))
+    close(variables(state), variables(after_three("rafbo")[0]))
     with pytest.raises(ValueError, match=r"(?s)do not take a sub-model.*smaller="):
         run(method(problem=make({"h": H})))
 
@@ -161,9 +161,7 @@ def test_a_labelled_batch_is_cut_with_the_variables():
     steps = {"upper_step": 0.1, "lower_step": 0.1}
     ends = []
     for extracted in (True, False):
-        algorithm = A.rafbo(
-            dbo.Problem(loss, loss), some, extracted=extracted, **steps
-        )
+        algorithm = A.rafbo(dbo.Problem(loss, loss), some, extracted=extracted, **steps)
         state = algorithm.init(np.ones((1, D)), np.ones((1, D)))
         ends.append(jax.jit(algorithm.step)(jax.random.key(0), state, data)[0])
     close(variables(ends[0]), variables(ends[1]))
@@ -205,7 +203,10 @@ def test_what_nobody_holds_does_not_move():
     state, metrics = run(method(fleet=static))
     x, y = start()
     kept = int(np.ceil(0.34 * H))
-    for before, after in ((x["bias"][0], state.x["bias"][0]), (y[0, :, 0], state.y[0, :, 0])):
+    for before, after in (
+        (x["bias"][0], state.x["bias"][0]),
+        (y[0, :, 0], state.y[0, :, 0]),
+    ):
         np.testing.assert_array_equal(before[kept:], after[kept:])
         assert (before[:kept] != after[:kept]).all()
     np.testing.assert_array_equal(state.z[0, kept:], 0)
@@ -214,7 +215,7 @@ def test_what_nobody_holds_does_not_move():
 
 
 def test_coverage_is_that_of_the_masks():
-    _, metrics = after_three("rafbo", radius=2.0, uplink=None)
+    _, metrics = after_three("rafbo")
     some = fleet()
     for turn in range(3):
         key_draw, *_ = jax.random.split(jax.random.key(turn), 3)
@@ -232,15 +233,17 @@ def test_bytes_are_those_of_the_arrays_that_cross():
         return 8 * (x if personal else x + 2 * units * OUT)
 
     for name in ("rafbo", "rabo"):
-        _, metrics = after_three(name, radius=2.0, uplink=None)
+        _, metrics = after_three(name)
         each = [size(units, name == "rabo") for units in (6, 3, 3, 3)]
         assert metrics.traffic == dbo.Traffic(each[0], 2 * sum(each), 2, each[0])
-    _, packed = after_three("rafbo", radius=2.0, uplink=UPLINKS["own units"])
+    _, packed = after_three("rafbo", "own units")
     wire = UPLINKS["own units"]
     x, y = start()
     one = [jax.tree.map(lambda a: a[0], v) for v in (x, y, y)]
     sent = [
-        jax.eval_shape(lambda v: wire.compress(jax.random.key(0), v, wire.init(v))[0], v)
+        jax.eval_shape(
+            lambda v: wire.compress(jax.random.key(0), v, wire.init(v))[0], v
+        )
         for v in one
     ]
     assert packed.traffic.message == sum(map(dbo.trees.nbytes, sent))
@@ -250,7 +253,9 @@ def test_dividing_by_everyone_slows_rare_entries_down():
     ends = {}
     for divide_by in (A.covered, A.everyone):
         algorithm = method(divide_by=divide_by, local_steps=1, extracted=False)
-        ends[divide_by] = run(algorithm, rounds=1)[0].x["bias"][0] - start()[0]["bias"][0]
+        ends[divide_by] = (
+            run(algorithm, rounds=1)[0].x["bias"][0] - start()[0]["bias"][0]
+        )
     key_draw, *_ = jax.random.split(jax.random.key(0), 3)
     held = np.zeros(H)
     for part in S.draw(fleet(), key_draw, 0):
@@ -261,14 +266,12 @@ def test_dividing_by_everyone_slows_rare_entries_down():
 
 
 def test_unlike_local_steps_are_normalised():
-    alike = method(fleet=fleet(participants=None), upper_step=0.0, lower_step=0.0)
     unlike = {"local_steps": (3, 1, 2), "fleet": fleet(participants=None)}
     # Directions that do not depend on the point: moves are proportional to the steps.
     flat = dbo.Problem(
         lambda x, y, b: sum(jnp.sum(leaf) for leaf in jax.tree.leaves((x, y))),
         lambda x, y, b: jnp.sum(y),
     )
-    del alike
     plain = run(method(problem=flat, **unlike), rounds=1)[0].x["bias"][0]
     fair = run(method(problem=flat, normalise=True, **unlike), rounds=1)[0].x["bias"][0]
     before = start()[0]["bias"][0]

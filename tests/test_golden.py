@@ -47,8 +47,8 @@ def _method(inner, rounds=10, penalty=10.0, lower_step=0.05, hops=1, **switches)
     )
 
 
-def _norms(method, steps=1500):
-    return toys.hypergradient_norms(method, _toy(), steps)
+def _norms(method, steps=1500, toy=None):
+    return toys.hypergradient_norms(method, toy or _toy(), steps)
 
 
 def test_one_step_leaves_x_where_it_is():
@@ -87,7 +87,11 @@ NEAR_150 = {1: 0.47, 3: 0.32, 5: 0.28, 10: 0.26, 20: 0.26}
 @pytest.mark.parametrize("case", FLOORS)
 def test_floors(case):
     make, settings, rounds, penalty, floor = FLOORS[case]
-    state, norms = _norms(_method(make(*settings), rounds, penalty))
+    # By then the norm is within a hundredth of its floor; agreement takes longer.
+    steps = 1200 if penalty == 100 else 1000
+    if rounds == 1 or "K 10" in case:
+        steps = 1500
+    state, norms = _norms(_method(make(*settings), rounds, penalty), steps)
     assert norms[-1] == pytest.approx(floor, rel=0.03)
     if make is _top and penalty == 100:
         assert norms[149] == pytest.approx(NEAR_150[rounds], rel=0.05)
@@ -100,7 +104,12 @@ RESETS = {10: 1.46, 50: 0.95, 200: 0.20}
 
 @pytest.mark.parametrize("rounds", RESETS)
 def test_forgetting_the_memories_stalls(rounds):
-    _, norms = _norms(_method(_top(30, 0.3), rounds, carry=False), 300)
+    toy = _toy()
+    parts = toy.x0, toy.y0, toy.batch
+    # So many rounds cost a third less in float32, and a stall has no digits to lose.
+    x0, y0, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), parts)
+    toy = toy._replace(x0=x0, y0=y0, batch=batch)
+    _, norms = _norms(_method(_top(30, 0.3), rounds, carry=False), 300, toy)
     assert norms[-1] == pytest.approx(RESETS[rounds], rel=0.25)
 
 
@@ -115,9 +124,9 @@ NAIVE = {
 def test_naive_compression_stays_away(case):
     percent, gamma, lower_step = NAIVE[case]
     naive = _top(percent, gamma, kind=dbo.channels.error_feedback)
-    _, norms = _norms(_method(naive, lower_step=lower_step))
+    _, norms = _norms(_method(naive, lower_step=lower_step), 1000)
     assert norms[-200:].mean() > 0.3
-    _, norms = _norms(_method(_top(percent, gamma), lower_step=lower_step))
+    _, norms = _norms(_method(_top(percent, gamma), lower_step=lower_step), 1000)
     assert norms[-1] == pytest.approx(6.66e-2, rel=0.03)
 
 
@@ -181,8 +190,8 @@ def test_mixing_never_moves_the_mean(case):
         return new, jnp.concatenate([jnp.abs(g) for g in [drift, *gaps]]).max()
 
     keys = jax.random.split(jax.random.key(0), 200)
-    _, gaps = jax.lax.scan(step, toys.start(toy, method), keys)
-    assert float(gaps.max()) < 1e-12
+    run = jax.jit(lambda: jax.lax.scan(step, toys.start(toy, method), keys)[1])
+    assert float(run().max()) < 1e-12
 
 
 def test_one_node_is_the_centralised_penalty_method():
@@ -198,7 +207,7 @@ def test_one_node_is_the_centralised_penalty_method():
         inner_steps=4,
     )
     state, _ = toys.run(method, toy, 6)
-    x, y, z = jnp.zeros(3), jnp.zeros(5), jnp.zeros(5)
+    x, y, z = np.zeros(3), np.zeros(5), np.zeros(5)
     upper, lower = toy.problem
     batch = jax.tree.map(lambda leaf: leaf[0], toy.batch)
 
@@ -208,10 +217,10 @@ def test_one_node_is_the_centralised_penalty_method():
 
     along_x, along_y, along_z = (jax.jit(jax.grad(lagrangian, i)) for i in range(3))
     for _ in range(6):
-        x = x - 0.05 * along_x(x, y, z)
+        x = x - 0.05 * np.asarray(along_x(x, y, z))
         for _ in range(4):
-            y = y - 0.05 * along_y(x, y, z) / 10.0
-            z = z + 0.05 * along_z(x, y, z) / 10.0
+            y = y - 0.05 * np.asarray(along_y(x, y, z)) / 10.0
+            z = z + 0.05 * np.asarray(along_z(x, y, z)) / 10.0
     for got, wanted in zip((state.x, state.y, state.z), (x, y, z), strict=True):
         np.testing.assert_allclose(got[0], wanted, atol=1e-12)
 

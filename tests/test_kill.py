@@ -47,20 +47,20 @@ class Child:
 
 
 @pytest.fixture
-def server():
+def server(tmp_path):
     here, package = Path(__file__).parent, Path(dbo.__file__).parents[1]
     path = os.pathsep.join([str(package), str(here)])
-    # Each child compiles anew, so let it be quick about it.
-    quick = (
-        "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-    )
+    # The first child compiles for all, in the way of the other tests.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     process = subprocess.Popen(
         [sys.executable, here / "kill_worker.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ
-        | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick},
+        env=os.environ | cache | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
     )
     with process:
         yield process

@@ -83,9 +83,10 @@ def widths(data):
 
 
 def one_node(tree, node=0):
-    return jax.tree.map(lambda leaf: leaf[node], tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[node]), tree)
 
 
+@jax.jit
 def pick(samples, index):
     """The drawn samples of one node."""
     index = jnp.asarray(index)
@@ -94,12 +95,13 @@ def pick(samples, index):
 
 
 def point(seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(3, D)))
+    return tuple(map(jnp.asarray, np.random.default_rng(seed).normal(size=(3, D))))
 
 
 def filled(oracle, data, points, width=1):
     """Memory after all true samples were drawn, at one point after the other."""
-    (_, memory), directions = oracle.init(*points[0][:2]), jax.jit(oracle.directions)
+    memory = jax.jit(oracle.init)(*points[0][:2])[1]
+    directions = jax.jit(oracle.directions)
     where = [np.flatnonzero(samples.mask) for samples in data]
     for turn in range(-(-max(map(len, where)) // width)):
         batch = dbo.Batch(
@@ -122,9 +124,9 @@ def _full_terms(x, y, z, data):
     return (*jax.grad(upper, (0, 1))(x, y, data.upper), gradient, hessian, cross)
 
 
+@jax.jit
 def _exact_directions(x, y, z, data):
-    directions = jax.jit(dbo.oracles.soba(PROBLEM).directions)
-    return directions(None, x, y, z, (), data)[0]
+    return dbo.oracles.soba(PROBLEM).directions(None, x, y, z, (), data)[0]
 
 
 @pytest.mark.parametrize(("node", "width"), [(0, 1), (1, 2), (2, 3), (1, 3)])
@@ -169,7 +171,7 @@ def test_whatever_the_tables_hold_the_estimate_is_unbiased(known, width):
 
     estimates = jax.jit(jax.vmap(estimate))(pairs)
     exact = _exact_directions(x, y, z, data)
-    for each, full in zip(estimates, exact, strict=True):
+    for each, full in zip(*jax.tree.map(np.asarray, (estimates, exact)), strict=True):
         np.testing.assert_allclose(each.mean(0), full, atol=1e-12)
         assert np.abs(each - full[None]).max() > 1e-2
 
@@ -269,24 +271,26 @@ def in_numpy(data, batches, steps):
 def test_five_steps_are_those_of_loops(width):
     data, steps = finite_sum("three nodes"), (0.05, 0.1, 0.2)
     sampler = samplers.paired(*(samplers.indexed(level, width) for level in data))
-    batches = [sampler(jax.random.key(2), t) for t in range(5)]
+    draw = jax.jit(sampler)
+    batches = [draw(jax.random.key(2), t) for t in range(5)]
     method = composed(dbo.oracles.saba(PROBLEM, *widths(data)), 3, steps)
     state = method.init(*(dbo.replicate(jnp.zeros(D), 3) for _ in range(2)))
     step = jax.jit(method.step)
     for batch in batches:
         state, metrics = step(jax.random.key(0), state, batch)
-    want = in_numpy(data, batches, steps)
+    want = in_numpy(*jax.tree.map(np.asarray, (data, batches)), steps)
     assert np.abs(want).max(1).min() > 1e-2
     for got, row in zip((state.x, state.y, state.z), want, strict=True):
         np.testing.assert_allclose(got, np.broadcast_to(row, got.shape), atol=1e-12)
-    shown = jax.vmap(upper)(state.x, state.y, batches[-1].upper.data)
+    show = jax.jit(jax.vmap(upper))
+    shown = np.asarray(show(state.x, state.y, batches[-1].upper.data))
     np.testing.assert_allclose(metrics.upper, shown.mean(), rtol=1e-12)
     assert metrics.calls == dbo.base.Calls(gradients=3, products=2)
 
 
 def test_trees_on_both_levels_are_flat_vectors_in_disguise():
     data = one_node(finite_sum("one node"))
-    batch = dbo.Batch(*(pick(samples, [0, 3]) for samples in data))
+    batch = dbo.Batch(*(pick(samples, np.array([0, 3])) for samples in data))
 
     def join(tree):
         return jnp.concatenate([tree["a"], tree["b"][None]])
@@ -299,34 +303,41 @@ def test_trees_on_both_levels_are_flat_vectors_in_disguise():
     )
     flat = dbo.oracles.saba(PROBLEM, *widths(data))
     forked = dbo.oracles.saba(problem, *widths(data))
-    _, memory = flat.init(*point()[:2])
-    _, forked_memory = forked.init(*map(fork, point()[:2]))
-    for x, y, z in (point(1), point(2)):
-        flat_out, memory = flat.directions(None, x, y, z, memory, batch)
-        forked_out, forked_memory = forked.directions(
-            None, fork(x), fork(y), fork(z), forked_memory, batch
-        )
-    for tree, vector in zip(forked_out, flat_out, strict=True):
-        np.testing.assert_allclose(join(tree), vector, atol=1e-13)
+
+    @jax.jit
+    def both(start, points):
+        _, memory = flat.init(*start)
+        _, forked_memory = forked.init(*map(fork, start))
+        for x, y, z in points:
+            flat_out, memory = flat.directions(None, x, y, z, memory, batch)
+            forked_out, forked_memory = forked.directions(
+                None, fork(x), fork(y), fork(z), forked_memory, batch
+            )
+        return [join(tree) for tree in forked_out], flat_out
+
+    joined, vectors = both(point()[:2], (point(1), point(2)))
+    for tree, vector in zip(joined, vectors, strict=True):
+        np.testing.assert_allclose(tree, vector, atol=1e-13)
 
 
 def test_one_draw_may_serve_both_levels():
     samples = one_node(draw_samples((5,), 3))
     oracle, (x, y, z) = dbo.oracles.saba(PROBLEM, 5, 5), point()
     _, memory = oracle.init(x, y)
-    one = pick(samples, [4, 1])
-    whole = oracle.directions(None, x, y, z, memory, one)
-    split = oracle.directions(None, x, y, z, memory, dbo.Batch(one, one))
+    one, directions = pick(samples, np.array([4, 1])), jax.jit(oracle.directions)
+    whole = directions(None, x, y, z, memory, one)
+    split = directions(None, x, y, z, memory, dbo.Batch(one, one))
     jax.tree.map(np.testing.assert_array_equal, whole, split)
 
 
 def test_other_oracles_see_the_samples_of_an_indexed_batch():
     data, (x, y, z) = one_node(finite_sum("one node")), point()
-    batch = dbo.Batch(*(pick(samples, [1, 2]) for samples in data))
+    batch = dbo.Batch(*(pick(samples, np.array([1, 2])) for samples in data))
     bare = dbo.Batch(batch.upper.data, batch.lower.data)
     for oracle in (dbo.oracles.soba(PROBLEM), dbo.oracles.penalty(PROBLEM, 5.0)):
-        seen = oracle.directions(None, x, y, z, (), batch)
-        known = oracle.directions(None, x, y, z, (), bare)
+        directions = jax.jit(oracle.directions)
+        seen = directions(None, x, y, z, (), batch)
+        known = directions(None, x, y, z, (), bare)
         jax.tree.map(np.testing.assert_array_equal, seen, known)
 
 
@@ -383,8 +394,8 @@ def test_an_index_beyond_the_table_is_not_a_number():
     data, (x, y, z) = one_node(finite_sum("one node")), point()
     oracle = dbo.oracles.saba(PROBLEM, 6, 7)
     _, memory = oracle.init(x, y)
-    batch = dbo.Batch(pick(data.upper, [0]), pick(data.lower, [7]))
-    (d_x, d_y, _), _ = oracle.directions(None, x, y, z, memory, batch)
+    batch = dbo.Batch(pick(data.upper, np.array([0])), pick(data.lower, np.array([7])))
+    (d_x, d_y, _), _ = jax.jit(oracle.directions)(None, x, y, z, memory, batch)
     assert np.isnan([d_x, d_y]).all()
 
 
@@ -395,8 +406,8 @@ def _directions(upper, lower):
 
 
 _DATA = one_node(finite_sum("one node"))
-_GOOD = dbo.Batch(*(pick(samples, [0]) for samples in _DATA))
-_LONG = pick(_DATA.lower, [0, 1, 2])
+_GOOD = dbo.Batch(*(pick(samples, np.array([0])) for samples in _DATA))
+_LONG = pick(_DATA.lower, np.array([0, 1, 2]))
 MESSAGES = {
     "no samples": (lambda: dbo.oracles.saba(PROBLEM, 0, 3), "`num_upper` .* got 0"),
     "half a sample": (lambda: dbo.oracles.saba(PROBLEM, 3, 2.5), "`num_lower` .* 2.5"),
@@ -442,8 +453,15 @@ def test_the_method_is_soba_with_this_oracle():
     )
     own = composed(dbo.oracles.saba(PROBLEM, *widths(data)), n, (0.02, 0.03, 0.03))
     start = [dbo.replicate(jnp.ones(D), n) for _ in range(2)]
-    batch = sampler(jax.random.key(1), 0)
-    got, _ = named.step(jax.random.key(0), named.init(*start), batch)
-    want, _ = own.step(jax.random.key(0), own.init(*start), batch)
+    batch = jax.jit(sampler)(jax.random.key(1), 0)
+
+    def first(method):
+        @jax.jit
+        def run(key, batch):
+            return method.step(key, method.init(*start), batch)[0]
+
+        return run(jax.random.key(0), batch)
+
+    got, want = first(named), first(own)
     for a, b in zip((got.x, got.y, got.z), (want.x, want.y, want.z), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-15)

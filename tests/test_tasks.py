@@ -46,7 +46,12 @@ def small_tasks(shards):
 
 
 def at(tree, i):
-    return jax.tree.map(lambda leaf: leaf[i], tree)
+    """In NumPy, where no cut of a new shape is compiled."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[i], tree)
+
+
+def normal(*shape, seed=7):
+    return np.random.default_rng(seed).normal(size=shape)
 
 
 def mean_of(objective, x, y, stacked):
@@ -57,68 +62,65 @@ def mean_of(objective, x, y, stacked):
 
 
 def test_the_default_quadratics_are_the_golden_toy(toy):
-    a, b, c = toy.batch.lower
-    sums = [jnp.sum(leaf) for leaf in (a, b, c, toy.batch.upper)]
+    a, b, c = map(np.asarray, toy.batch.lower)
+    sums = [leaf.sum() for leaf in (a, b, c, np.asarray(toy.batch.upper))]
     golden = [955.3973574918, 34.4055987222, 48.9863084080, -143.0756448231]
     np.testing.assert_allclose(sums, golden, atol=5e-10, rtol=0)
     np.testing.assert_allclose(a[0, 0, 0], 1.2575437354, atol=5e-11)
-    start = jnp.linalg.norm(toy.exact.hypergradient(toy.x0))
+    start = np.linalg.norm(jax.jit(toy.exact.hypergradient)(toy.x0))
     np.testing.assert_allclose(start, 2.416663993, atol=5e-10)
-    np.testing.assert_allclose(jnp.linalg.norm(toy.exact.x_star), 7.100418, atol=5e-7)
+    np.testing.assert_allclose(np.linalg.norm(toy.exact.x_star), 7.100418, atol=5e-7)
     assert (toy.n, toy.x0.shape, toy.y0.shape) == (10, (20,), (60,))
 
 
 def test_the_golden_toy_has_the_recorded_curvature(toy):
-    local = jnp.linalg.eigvalsh(toy.batch.lower.a)
-    mean = jnp.linalg.eigvalsh(jnp.mean(toy.batch.lower.a, 0))
-    outer = jnp.linalg.eigvalsh(jax.hessian(toy.exact.value)(toy.x0))
+    local = np.linalg.eigvalsh(toy.batch.lower.a)
+    mean = np.linalg.eigvalsh(np.mean(toy.batch.lower.a, 0))
+    outer = np.linalg.eigvalsh(jax.jit(jax.hessian(toy.exact.value))(toy.x0))
     found = [mean[0], local.min(), local.max(), outer[0], outer[-1]]
     golden = [0.745133, 0.5, 8.923183, 0.131066, 0.591392]
     np.testing.assert_allclose(found, golden, atol=5e-7)
 
 
-def test_gradients_of_the_quadratics_are_the_written_ones(toy, key):
-    x, y = (
-        jax.random.normal(k, (d,))
-        for k, d in zip(jax.random.split(key), (20, 60), strict=True)
-    )
-    (a, b, c), t = at(toy.batch.lower, 3), toy.batch.upper[3]
-    lower = jax.grad(toy.problem.lower, (0, 1))(x, y, at(toy.batch.lower, 3))
-    upper = jax.grad(toy.problem.upper, (0, 1))(x, y, t)
+def test_gradients_of_the_quadratics_are_the_written_ones(toy):
+    x, y = normal(20), normal(60)
+    (a, b, c), t = at(toy.batch.lower, 3), at(toy.batch.upper, 3)
+    lower = jax.jit(jax.grad(toy.problem.lower, (0, 1)))(x, y, at(toy.batch.lower, 3))
+    upper = jax.jit(jax.grad(toy.problem.upper, (0, 1)))(x, y, t)
     np.testing.assert_allclose(lower[0], -b.T @ y, rtol=1e-12)
     np.testing.assert_allclose(lower[1], a @ y - b @ x - c, rtol=1e-10)
     np.testing.assert_allclose(upper[0], 0.1 * x, rtol=1e-12)
     np.testing.assert_allclose(upper[1], y - t, rtol=1e-12)
 
 
-def test_the_closed_solution_is_stationary_for_the_mean_lower_level(toy, key):
-    x = jax.random.normal(key, (20,))
-    gradient = jax.grad(mean_of, 2)(
-        toy.problem.lower, x, toy.exact.solution(x), toy.batch.lower
-    )
-    assert jnp.linalg.norm(gradient) < 1e-12
+def test_the_closed_solution_is_stationary_for_the_mean_lower_level(toy):
+    @jax.jit
+    def gradient(x):
+        y = toy.exact.solution(x)
+        return jax.grad(mean_of, 2)(toy.problem.lower, x, y, toy.batch.lower)
+
+    assert np.linalg.norm(gradient(normal(20))) < 1e-12
 
 
-def test_the_closed_hypergradient_is_the_gradient_of_the_value(toy, key):
-    x = jax.random.normal(key, (20,))
-    by_calculus = jax.grad(toy.exact.value)(x)
-    np.testing.assert_allclose(toy.exact.hypergradient(x), by_calculus, rtol=1e-10)
-    np.testing.assert_allclose(
-        toy.exact.value(x),
-        mean_of(toy.problem.upper, x, toy.exact.solution(x), toy.batch.upper),
-        rtol=1e-12,
-    )
+def test_the_closed_hypergradient_is_the_gradient_of_the_value(toy):
+    @jax.jit
+    def all_four(x):
+        found, by_calculus = toy.exact.hypergradient(x), jax.grad(toy.exact.value)(x)
+        mean = mean_of(toy.problem.upper, x, toy.exact.solution(x), toy.batch.upper)
+        return found, by_calculus, toy.exact.value(x), mean
+
+    found, by_calculus, value, mean = all_four(normal(20))
+    np.testing.assert_allclose(found, by_calculus, rtol=1e-10)
+    np.testing.assert_allclose(value, mean, rtol=1e-12)
 
 
-def test_the_closed_hypergradient_agrees_with_finite_differences(toy, key):
-    x = jax.random.normal(key, (20,))
+def test_the_closed_hypergradient_agrees_with_finite_differences(toy):
+    x, steps = normal(20), np.eye(20)
+    value = jax.jit(jax.vmap(toy.exact.value))
     # Psi is quadratic: central differences are exact up to rounding at any width.
-    slopes = [
-        (toy.exact.value(x + e) - toy.exact.value(x - e)) / 2 for e in jnp.eye(20)
-    ]
-    np.testing.assert_allclose(
-        toy.exact.hypergradient(x), jnp.array(slopes), rtol=1e-10, atol=1e-10
-    )
+    slopes = (np.asarray(value(x + steps)) - value(x - steps)) / 2
+    found = jax.jit(toy.exact.hypergradient)(x)
+    np.testing.assert_allclose(found, slopes, rtol=1e-10, atol=1e-10)
 
 
 def test_the_hypergradient_vanishes_at_the_optimum_and_evaluate_says_so(toy):
@@ -130,8 +132,8 @@ def test_the_hypergradient_vanishes_at_the_optimum_and_evaluate_says_so(toy):
 
 def test_equal_curvature_keeps_the_solution(toy):
     equal = dbo.tasks.with_equal_curvature(toy)
-    assert jnp.ptp(equal.batch.lower.a, 0).max() == 0
-    assert jnp.ptp(equal.batch.lower.b, 0).max() == 0
+    assert np.ptp(equal.batch.lower.a, 0).max() == 0
+    assert np.ptp(equal.batch.lower.b, 0).max() == 0
     np.testing.assert_array_equal(equal.batch.lower.c, toy.batch.lower.c)
     np.testing.assert_allclose(equal.exact.x_star, toy.exact.x_star, rtol=1e-10)
 
@@ -152,14 +154,14 @@ def numpy_cross_entropy(logits, labels):
     return -np.mean(logs[np.arange(len(labels)), labels])
 
 
-def test_coefficient_tuning_is_the_written_objective(shards, key):
+def test_coefficient_tuning_is_the_written_objective(shards):
     task = dbo.tasks.coefficient_tuning(shards, ridge=0.7)
-    x_key, y_key = jax.random.split(key)
-    x, y = jax.random.normal(x_key, (4,)), jax.random.normal(y_key, (4, 3))
+    x, y = normal(4), normal(4, 3)
+    upper, lower = map(jax.jit, task.problem)
     for i in range(2):
         for samples, objective, factor in (
-            (shards.validation, task.problem.upper, 0.0),
-            (shards.train, task.problem.lower, 0.7 / 12),
+            (shards.validation, upper, 0.0),
+            (shards.train, lower, 0.7 / 12),
         ):
             one = at(samples, i)
             inputs, labels = one.inputs[one.mask], one.labels[one.mask]
@@ -187,15 +189,16 @@ def test_corruption_replaces_training_labels_and_no_others(shards):
 @pytest.mark.parametrize("name", ["coefficient_tuning", "hyper_representation"])
 def test_padding_changes_neither_losses_nor_gradients(shards, name):
     task = small_tasks(shards)[name]
-    assert not shards.train.mask.all(), "the case needs shares of unequal size"
-    y = jax.tree.map(lambda leaf: leaf + 0.3, task.y0)
+    masks = np.asarray(shards.train.mask)
+    assert not masks.all(), "the case needs shares of unequal size"
+    y = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.3, task.y0)
     value = jax.jit(jax.value_and_grad(task.problem.lower, (0, 1)))
-    i = int(jnp.argmin(shards.train.mask.sum(1)))
+    i = int(np.argmin(masks.sum(1)))
     one = at(shards.train, i)
     bare = jax.tree.map(lambda leaf: leaf[one.mask], one)
     garbage = one._replace(
-        inputs=jnp.where(one.mask[:, None], one.inputs, 1e3),
-        labels=jnp.where(one.mask, one.labels, 2),
+        inputs=np.where(one.mask[:, None], one.inputs, 1e3),
+        labels=np.where(one.mask, one.labels, 2),
     )
     wanted = value(task.x0, y, bare)
     for padded in (one, garbage):
@@ -209,65 +212,70 @@ def test_padding_changes_neither_losses_nor_gradients(shards, name):
 def test_a_node_without_samples_has_no_loss_and_no_slope(shards):
     task = dbo.tasks.coefficient_tuning(shards)
     none = at(shards.train, 0)
-    none = none._replace(mask=jnp.zeros_like(none.mask))
-    value, slope = jax.value_and_grad(task.problem.upper, 1)(task.x0, task.y0, none)
+    none = none._replace(mask=np.zeros_like(none.mask))
+    both = jax.jit(jax.value_and_grad(task.problem.upper, 1))
+    value, slope = both(task.x0, task.y0, none)
     assert value == 0
-    assert jnp.all(slope == 0)
+    assert not np.asarray(slope).any()
 
 
 def test_the_head_of_the_representation_is_regularised_and_nothing_else(shards):
     task = small_tasks(shards)["hyper_representation"]
     one = at(shards.train, 1)
-    y = jax.tree.map(jnp.ones_like, task.y0)
-    penalty = task.problem.lower(task.x0, y, one) - task.problem.upper(task.x0, y, one)
+    y = jax.tree.map(np.ones_like, task.y0)
+    upper, lower = task.problem
+
+    @jax.jit
+    def penalty_and_hessian(x):
+        of_kernel = jax.hessian(lambda v: lower(x, {**y, "kernel": v}, one))
+        return lower(x, y, one) - upper(x, y, one), of_kernel(jnp.asarray(y["kernel"]))
+
+    penalty, hessian = penalty_and_hessian(task.x0)
     np.testing.assert_allclose(penalty, 0.5 * 0.01 * (3 * 3 + 3), rtol=1e-12)
-    hessian = jax.hessian(
-        lambda v: task.problem.lower(task.x0, {"kernel": v, "bias": y["bias"]}, one)
-    )(y["kernel"])
-    assert jnp.linalg.eigvalsh(hessian.reshape(9, 9))[0] > 0.01 - 1e-9
+    assert np.linalg.eigvalsh(hessian.reshape(9, 9))[0] > 0.01 - 1e-9
 
 
 @pytest.mark.parametrize("name", ["coefficient_tuning", "hyper_representation"])
-def test_evaluate_judges_at_the_node_means(shards, name, key):
+def test_evaluate_judges_at_the_node_means(shards, name):
     task = small_tasks(shards)[name]
-    x, y = task.x0, jax.tree.map(lambda leaf: leaf + 0.1, task.y0)
-    drift = jax.random.normal(key, (task.n,))
+    x = jax.tree.map(np.asarray, task.x0)
+    y = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1, task.y0)
+    drift = normal(task.n)
     drift = drift - drift.mean()
+    evaluate = jax.jit(lambda x, y: task.evaluate(SimpleNamespace(x=x, y=y)))
+
+    def replicated(leaf, by=0 * drift):
+        return leaf[None] + by.reshape((-1,) + (1,) * leaf.ndim)
 
     def spread(leaf):
-        shape = (task.n,) + (1,) * leaf.ndim
-        return jnp.broadcast_to(leaf[None], (task.n, *leaf.shape)) + drift.reshape(
-            shape
-        )
+        return replicated(leaf, drift)
 
-    agreed = task.evaluate(
-        SimpleNamespace(x=dbo.replicate(x, task.n), y=dbo.replicate(y, task.n))
-    )
-    with jax.numpy_rank_promotion("allow"):
-        apart = SimpleNamespace(x=jax.tree.map(spread, x), y=jax.tree.map(spread, y))
-    found = task.evaluate(apart)
+    agreed = evaluate(*jax.tree.map(replicated, (x, y)))
+    found = evaluate(*jax.tree.map(spread, (x, y)))
     assert set(found) == {"validation_loss", "test_loss", "test_accuracy"}
     for quantity in found:
         np.testing.assert_allclose(found[quantity], agreed[quantity], rtol=1e-10)
     np.testing.assert_allclose(
         agreed["validation_loss"],
-        mean_of(task.problem.upper, x, y, task.batch.upper),
+        jax.jit(mean_of, static_argnums=0)(task.problem.upper, x, y, task.batch.upper),
         rtol=1e-12,
     )
 
 
 @pytest.mark.parametrize("name", ["quadratic", "coefficient_tuning"])
-def test_evaluate_takes_a_further_axis_of_seeds(toy, shards, name, key):
+def test_evaluate_takes_a_further_axis_of_seeds(toy, shards, name):
     task = toy if name == "quadratic" else small_tasks(shards)[name]
 
-    def noise(leaf, k):
-        return leaf[None, None] + jax.random.normal(k, (3, task.n, *leaf.shape))
+    def noise(leaf):
+        return np.asarray(leaf)[None, None] + normal(3, task.n, *leaf.shape)
 
-    with jax.numpy_rank_promotion("allow"):
-        states = Pair(noise(task.x0, key), noise(task.y0, key))
-    together = jax.vmap(task.evaluate)(states)
+    states = Pair(noise(task.x0), noise(task.y0))
+    together, evaluate = (
+        jax.jit(jax.vmap(task.evaluate))(states),
+        jax.jit(task.evaluate),
+    )
     for seed in range(3):
-        alone = task.evaluate(at(states, seed))
+        alone = evaluate(at(states, seed))
         for quantity, value in alone.items():
             np.testing.assert_allclose(together[quantity][seed], value, rtol=1e-12)
 
@@ -288,10 +296,14 @@ def test_the_tuned_lower_level_learns_the_digits():
         value, slope = whole(y)
         return y - 0.5 * slope, value
 
-    y, values = jax.jit(lambda y: jax.lax.scan(descend, y, length=150))(task.y0)
-    assert jnp.all(jnp.diff(values) < 0)
-    x = dbo.replicate(task.x0, task.n)
-    found = task.evaluate(SimpleNamespace(x=x, y=dbo.replicate(y, task.n)))
+    @jax.jit
+    def learn(y):
+        y, values = jax.lax.scan(descend, y, length=150)
+        x, y = dbo.replicate((task.x0, y), task.n)
+        return values, task.evaluate(SimpleNamespace(x=x, y=y))
+
+    values, found = learn(task.y0)
+    assert (np.diff(values) < 0).all()
     assert found["test_accuracy"] > 0.9
 
 
@@ -310,29 +322,27 @@ def labelled(node_samples):
     return (np.asarray(leaf)[held] for leaf in node_samples[:2] + node_samples[3:])
 
 
-def test_hyper_cleaning_is_the_written_objective(shards, key):
+def test_hyper_cleaning_is_the_written_objective(shards):
     task = dbo.tasks.hyper_cleaning(shards, corruption=0.4, ridge=0.3)
-    x_key, y_key = jax.random.split(key)
-    x = jax.random.normal(x_key, task.x0.shape)
-    y = jax.random.normal(y_key, task.y0.shape)
+    x, y = normal(*task.x0.shape), normal(*task.y0.shape)
+    lower = jax.jit(task.problem.lower)
     for i in range(4):
         inputs, labels, ids = labelled(at(task.batch.lower, i))
         weighed = 0.0
         for row, label, sample in zip(inputs, labels, ids, strict=True):
-            logits = row @ np.asarray(y)
+            logits = row @ y
             loss = np.log(np.exp(logits).sum()) - logits[label]
             weighed += loss / (1 + np.exp(-x[sample]))
         wanted = weighed / max(1, len(ids)) + 0.3 * float((y**2).sum())
-        found = task.problem.lower(x, y, at(task.batch.lower, i))
+        found = lower(x, y, at(task.batch.lower, i))
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
 def test_every_training_sample_has_one_weight_and_keeps_it_in_minibatches(shards):
     task = dbo.tasks.hyper_cleaning(shards)
-    whole = task.batch.lower
-    ids = np.asarray(whole.ids)[np.asarray(whole.mask)]
-    assert ids.tolist() == list(range(task.x0.size))
-    sampler = task.sampler(4)
+    whole = jax.tree.map(np.asarray, task.batch.lower)
+    assert whole.ids[whole.mask].tolist() == list(range(task.x0.size))
+    sampler = jax.jit(task.sampler(4))
     for step in range(5):
         batch = sampler(jax.random.key(1), step).lower
         for i in range(task.n):
@@ -345,27 +355,29 @@ def test_every_training_sample_has_one_weight_and_keeps_it_in_minibatches(shards
 
 def test_a_node_moves_the_weights_of_its_own_samples_alone(shards):
     task = dbo.tasks.hyper_cleaning(shards)
-    y = task.y0 + 0.1
-    batch = task.sampler(4)(jax.random.key(1), 2).lower
+    y = np.asarray(task.y0) + 0.1
+    batch = jax.jit(task.sampler(4))(jax.random.key(1), 2).lower
+    slope_of = jax.jit(jax.grad(task.problem.lower))
     for i in range(task.n):
         one = at(batch, i)
-        slope = jax.grad(task.problem.lower)(task.x0, y, one)
+        slope = slope_of(task.x0, y, one)
         _, _, ids = labelled(one)
         assert np.flatnonzero(slope).tolist() == sorted(ids.tolist())
 
 
 def test_padding_does_not_weigh_sample_zero(shards):
     task = dbo.tasks.hyper_cleaning(shards)
-    i = int(jnp.argmin(shards.train.mask.sum(1)))
+    i = int(np.argmin(np.asarray(shards.train.mask).sum(1)))
     one = at(task.batch.lower, i)
     assert not one.mask.all(), "the case needs padding"
     bare = jax.tree.map(lambda leaf: leaf[one.mask], one)
-    garbage = one._replace(inputs=jnp.where(one.mask[:, None], one.inputs, 1e3))
-    value = jax.value_and_grad(task.problem.lower, (0, 1))
-    wanted = value(task.x0, task.y0 + 0.3, bare)
+    garbage = one._replace(inputs=np.where(one.mask[:, None], one.inputs, 1e3))
+    value = jax.jit(jax.value_and_grad(task.problem.lower, (0, 1)))
+    y = np.asarray(task.y0) + 0.3
+    wanted = value(task.x0, y, bare)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14),
-        value(task.x0, task.y0 + 0.3, garbage),
+        value(task.x0, y, garbage),
         wanted,
     )
 
@@ -375,22 +387,23 @@ def test_labels_are_replaced_as_often_as_promised():
     held = np.asarray(clean.train.mask)
     for corruption in (0.0, 0.5, 1.0):
         task = dbo.tasks.hyper_cleaning(clean, corruption)
-        changed = np.asarray(task.batch.lower.labels != clean.train.labels)
+        labels = np.asarray(task.batch.lower.labels)
+        changed = labels != np.asarray(clean.train.labels)
         assert not changed[~held].any()
         # A uniform label is the true one once in ten times.
         rate, m = 0.9 * corruption, held.sum()
         spread = np.sqrt(rate * (1 - rate) / m)
         assert abs(changed[held].mean() - rate) <= 5 * spread
     assert jax.tree.all(
-        jax.tree.map(jnp.array_equal, task.batch.upper, clean.validation)
+        jax.tree.map(np.array_equal, task.batch.upper, clean.validation)
     )
     again, other = (dbo.tasks.hyper_cleaning(clean, 1.0, seed=s) for s in (0, 1))
     np.testing.assert_array_equal(again.batch.lower.labels, task.batch.lower.labels)
-    assert jnp.any(other.batch.lower.labels != task.batch.lower.labels)
+    assert (np.asarray(other.batch.lower.labels) != labels).any()
 
 
-def test_separation_counts_pairs(key):
-    values = jnp.round(3 * jax.random.normal(key, (40,)))
+def test_separation_counts_pairs():
+    values = np.round(3 * normal(40))
     low, high = values[:13], values[13:]
     pairs = [(a < b) + 0.5 * (a == b) for a in low for b in high]
     found = classification.separation(low, high)
@@ -410,20 +423,22 @@ def test_the_first_hypergradient_tells_wrong_labels_from_true_ones():
     def upper(x, y):
         return mean_of(task.problem.upper, x, y.reshape(4, 3), task.batch.upper)
 
-    y = jnp.zeros(12)
+    y = np.zeros(12)
     slope, curvature = jax.jit(jax.grad(lower, 1)), jax.jit(jax.hessian(lower, 1))
     for _ in range(10):
-        y = y - jnp.linalg.solve(curvature(task.x0, y), slope(task.x0, y))
-    assert jnp.linalg.norm(slope(task.x0, y)) < 1e-10
-    z = jnp.linalg.solve(curvature(task.x0, y), jax.grad(upper, 1)(task.x0, y))
-    hypergrad = -jax.grad(lambda x: slope(x, y) @ z)(task.x0)
-    states = [
-        SimpleNamespace(
-            x=dbo.replicate(x, task.n), y=dbo.replicate(y.reshape(4, 3), task.n)
-        )
-        for x in (task.x0, -1e3 * hypergrad)
-    ]
-    before, after = (task.evaluate(state)["recovery"] for state in states)
+        y = y - np.linalg.solve(curvature(task.x0, y), slope(task.x0, y))
+    assert np.linalg.norm(slope(task.x0, y)) < 1e-10
+    z = np.linalg.solve(curvature(task.x0, y), jax.jit(jax.grad(upper, 1))(task.x0, y))
+
+    @jax.jit
+    def recoveries(x):
+        hypergrad = -jax.grad(lambda x: slope(x, y) @ z)(x)
+        both = jnp.stack([x, -1e3 * hypergrad])
+        states = dbo.replicate((both, jnp.stack([y.reshape(4, 3)] * 2)), task.n)
+        swapped = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), Pair(*states))
+        return jax.vmap(task.evaluate)(swapped)["recovery"]
+
+    before, after = recoveries(task.x0)
     np.testing.assert_allclose(before, 0.5, rtol=1e-12)
     assert after > 0.9
 

@@ -1,5 +1,7 @@
 """Small problems and the parts the tests cross with one another."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import dbojax as dbo
 N, DX, DY = 6, 3, 5
 
 
+@functools.cache
 def task():
     """The heterogeneous quadratic, small."""
     return dbo.tasks.quadratic(n=N, dx=DX, dy=DY, seed=1)
@@ -34,8 +37,18 @@ def run(method, task, steps, seed=0):
     def step(state, key):
         return method.step(key, state, task.batch)
 
-    keys = jax.random.split(jax.random.key(seed), steps)
-    return jax.jit(lambda s: jax.lax.scan(step, s, keys))(start(task, method))
+    return _scan(step, task, method, steps, seed)
+
+
+def _scan(step, task, method, steps, seed):
+    """One program for the start and all steps: each eager line would be one more."""
+
+    @jax.jit
+    def scan(key):
+        keys = jax.random.split(key, steps)
+        return jax.lax.scan(step, start(task, method), keys)
+
+    return scan(jax.random.key(seed))
 
 
 def hypergradient_norms(method, task, steps, seed=0):
@@ -45,8 +58,7 @@ def hypergradient_norms(method, task, steps, seed=0):
         state, _ = method.step(key, state, task.batch)
         return state, jnp.linalg.norm(task.exact.hypergradient(dbo.node_mean(state.x)))
 
-    keys = jax.random.split(jax.random.key(seed), steps)
-    state, norms = jax.jit(lambda s: jax.lax.scan(step, s, keys))(start(task, method))
+    state, norms = _scan(step, task, method, steps, seed)
     return state, np.asarray(norms)
 
 

@@ -16,6 +16,8 @@ from dbojax.algorithms.fg2u import fg2u_own as fg2u_own
 from dbojax.algorithms.fg2u import fg2u_shared as fg2u_shared
 from dbojax.algorithms.ma_dsbo import ma_dsbo as ma_dsbo
 from dbojax.algorithms.personal import personal as personal
+from dbojax.algorithms.rabo import rabo as rabo
+from dbojax.algorithms.rabo import rafbo as rafbo
 from dbojax.algorithms.soba import ma_soba as ma_soba
 from dbojax.algorithms.soba import saba as saba
 from dbojax.algorithms.soba import soba as soba

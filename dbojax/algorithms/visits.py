@@ -53,6 +53,7 @@ def visit(
     work: Work, level: Level, local_steps: int, key, kept: Kept, held: Held, data: Tree
 ) -> Visit:
     """Local steps of one client; ``held`` are the whole variables it starts from."""
+    key_sample, key_oracle = jax.random.split(key)
     problem = work.problem
     if work.extracted and work.smaller is not None and level.kept:
         sizes = {name: level.kept.get(name, n) for name, n in work.units.items()}
@@ -71,7 +72,7 @@ def visit(
     def batch_of(step):
         drawn = data
         if work.sample is not None:
-            drawn = work.sample(jax.random.fold_in(key, step), data)
+            drawn = work.sample(jax.random.fold_in(key_sample, step), data)
         if work.extracted and work.batch_labels is not None:
             drawn = cut(work.batch_labels, drawn)
         return drawn
@@ -88,8 +89,8 @@ def visit(
     def take_step(carry, step):
         now, memory = carry
         batch = batch_of(work.inner_steps + step)
-        key_step = jax.random.fold_in(key, -1 - step)
-        directions, memory = oracle.directions(key_step, *now, memory, batch)
+        own = jax.random.fold_in(key_oracle, step)
+        directions, memory = oracle.directions(own, *now, memory, batch)
         directions = map(restrict, work.labels, directions)
         now = Held(*map(_moved, now, directions, work.steps))
         return (now._replace(z=work.project(now.z)), memory), None

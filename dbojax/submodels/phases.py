@@ -78,16 +78,14 @@ def coverage_aware(
             in (0, 1].
 
     Examples:
-        >>> from typing import NamedTuple
-        >>> from dbojax.submodels.phases import search
-        >>> class Meeting(NamedTuple):
-        ...     units: dict
-        ...     x: object
-        ...     y: object
-        >>> layout = Meeting({"a": 16, "b": 16}, {"kernel": "a b"}, ())
-        >>> found = search(layout, [0.25] * 8)
-        >>> found["a"] == found["b"]
-        False
+        Four clients of one half cover every weight in every round, where the default
+        covers them only over several:
+
+        >>> x = [jnp.ones((3, 4)), jnp.ones((4, 4))]
+        >>> units = dbo.submodels.layout(x, jnp.ones(4), ["_ a", "a b"], "b")
+        >>> search(units, [0.5] * 4)
+        {'a': Phase(stride=2, spread=1, offset=0),
+         'b': Phase(stride=1, spread=2, offset=0)}
 
     References:
         Our formulation.

@@ -52,7 +52,7 @@ def static() -> Rule:
         A rule.
 
     Examples:
-        >>> from dbojax.submodels.rules import Group, static
+        >>> from dbojax.submodels import Group
         >>> static().keep(7, 3, Group("h", 0, size=6, kept=2, clients=4), None)
         Array([0, 1], dtype=int32)
 
@@ -78,7 +78,7 @@ def random_units(seed: int) -> Rule:
         ValueError: if the seed is not a whole number from 0 on.
 
     Examples:
-        >>> from dbojax.submodels.rules import Group, random_units
+        >>> from dbojax.submodels import Group
         >>> group = Group("h", 0, size=6, kept=3, clients=4)
         >>> units = random_units(seed=0).keep(7, 3, group, None)
         >>> len(set(units.tolist()))
@@ -121,7 +121,7 @@ def rolling(stride: int = 1) -> Rule:
         ValueError: if the stride is not a whole number, or 0.
 
     Examples:
-        >>> from dbojax.submodels.rules import Group, rolling
+        >>> from dbojax.submodels import Group
         >>> rolling().keep(5, 3, Group("h", 0, size=6, kept=2, clients=4), None)
         Array([5, 0], dtype=int32)
 
@@ -144,15 +144,16 @@ def aligned(group: Group) -> Phase:
 
 
 def per_layer(group: Group) -> Phase:
-    r"""Strides 1, 3, 5, ... over the groups: consecutive layers drift apart.
+    r"""Strides 2, 3, 4, ... over the groups: consecutive layers drift apart.
 
-    Odd strides visit every start where a width is a power of two, and stay out of step
-    where widths double from layer to layer. All clients are spread over one turn in
-    each group: with ``spread`` equal to the stride, client :math:`i` would only repeat
-    at once what client 0 does later, and a spread that shares a factor with the number
-    of clients puts several on the same units.
+    Where two layers are equally wide, they drift by one unit per round, which spreads
+    the pairs that are held most evenly; strides 1 and 2 would do so too, but fall into
+    step where the second layer is twice as wide. All clients are spread over one turn
+    of each circle: with ``spread`` equal to the stride, client :math:`i` would only
+    repeat at once what client 0 does later, and a spread that shares a factor with the
+    number of clients puts several on the same units.
     """
-    return Phase(stride=2 * group.number + 1)
+    return Phase(stride=group.number + 2)
 
 
 def staggered(
@@ -187,14 +188,14 @@ def staggered(
         ValueError: if a phase is not made of whole numbers, or one is missing.
 
     Examples:
-        >>> from dbojax.submodels.rules import Group, staggered
-        >>> group = Group("h", 0, size=8, kept=4, clients=4)
+        >>> from dbojax.submodels import Group
+        >>> group = Group("h", 1, size=8, kept=4, clients=4)
         >>> rule = staggered()
         >>> jax.vmap(lambda i: rule.keep(1, i, group, None))(jnp.arange(4))
-        Array([[1, 2, 3, 4],
-               [3, 4, 5, 6],
+        Array([[3, 4, 5, 6],
                [5, 6, 7, 0],
-               [7, 0, 1, 2]], dtype=int32)
+               [7, 0, 1, 2],
+               [1, 2, 3, 4]], dtype=int32)
 
     References:
         Our formulation, after the rolling windows of arXiv:2212.01548.
@@ -228,7 +229,7 @@ def magnitude() -> Rule:
         ValueError: from ``keep``, if there are no scores, or of another length.
 
     Examples:
-        >>> from dbojax.submodels.rules import Group, magnitude
+        >>> from dbojax.submodels import Group
         >>> group = Group("h", 0, size=4, kept=2, clients=4)
         >>> sorted(magnitude().keep(0, 0, group, jnp.array([3, 1, 4, 1.5])).tolist())
         [0, 2]

@@ -16,6 +16,8 @@ from dbojax.tasks.classification import hyper_cleaning as hyper_cleaning
 from dbojax.tasks.classification import hyper_representation as hyper_representation
 from dbojax.tasks.condensation import Condensation as Condensation
 from dbojax.tasks.condensation import condensation as condensation
+from dbojax.tasks.federated_toy import federated_toy as federated_toy
+from dbojax.tasks.federated_toy import solve_federated_toy as solve_federated_toy
 from dbojax.tasks.noise import with_gradient_noise as with_gradient_noise
 from dbojax.tasks.pde import Coefficient as Coefficient
 from dbojax.tasks.pde import pde_coefficient as pde_coefficient
@@ -35,6 +37,7 @@ NAMES: dict[str, Callable[..., Task]] = {
     "coefficient_tuning": coefficient_tuning,
     "hyper_cleaning": hyper_cleaning,
     "hyper_representation": hyper_representation,
+    "federated_toy": federated_toy,
 }
 
 
