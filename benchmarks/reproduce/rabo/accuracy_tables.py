@@ -93,7 +93,7 @@ def report(part, options):
             )
         runs = deals[entry.capacity]
         pairs = [
-            steps_of(part, entry, split)
+            steps_of(name, entry, split)
             for split in SPLITS
             for _ in range(options.seeds)
         ]

@@ -29,13 +29,13 @@ def chosen():
     return json.loads(CHOSEN.read_text()) if CHOSEN.exists() else {}
 
 
-def steps_of(part, entry, split):
+def steps_of(name, entry, split):
     """The pair that was chosen for an entry on a split.
 
     With exact products a method has the steps of the same method with differences.
     """
     twin = entry._replace(method=TWINS.get(entry.method, entry.method))
-    return tuple(chosen()[part][twin.label][split])
+    return tuple(chosen()[name][twin.label][split])
 
 
 def best_of(entry, name, source, rounds):
@@ -71,9 +71,9 @@ def tune(options):
         name, fleet = part.split("-")
         print(part, flush=True)
         for entry in entries(fleet):
-            if entry.method in TWINS or entry.label in chosen().get(part, {}):
+            if entry.method in TWINS or entry.label in chosen().get(name, {}):
                 continue
             best = best_of(entry, name, source, options.rounds)
             found = chosen()  # another process may have added to it
-            found.setdefault(part, {})[entry.label] = best
+            found.setdefault(name, {})[entry.label] = best
             CHOSEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
