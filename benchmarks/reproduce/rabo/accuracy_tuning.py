@@ -16,7 +16,7 @@ UPPER_STEPS = {
     "tuning": (0.3, 1.0, 3.0, 10.0),
 }
 LOWER_STEPS = {"mlp": (0.1, 0.3, 1.0), "cnn": (0.03, 0.1), "tuning": (0.1, 0.3)}
-SEEDS = (100,)
+SEEDS = (100, 101)
 TWINS = {"RAFBO, exact": "RAFBO", "RABO, exact": "RABO", "SimFBO": "RAFBO"}
 CHOSEN = Path(__file__).with_name("accuracy_steps.json")
 
