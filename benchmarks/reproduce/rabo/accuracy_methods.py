@@ -113,16 +113,16 @@ METHODS: dict[str, Callable] = {
 }
 
 
-def entries(fleet):
-    """All lines of one table."""
-    found = []
+def entries(task, fleet):
+    """All lines of one table; baselines and exact products in the main ones alone."""
+    found, main = [], fleet == "skewed" and task != "cnn"
     for method in ("RAFBO", "RABO"):
         found.append(Entry(method, "", "all full"))
         found += [
             Entry(method, fleet, who) for who in ("sub-models", "capable", "smallest")
         ]
-        if fleet == "skewed":
+        if main:
             found.append(Entry(f"{method}, exact", fleet, "sub-models"))
-    if fleet == "skewed":
+    if main:
         found += [Entry(name, "", "all full") for name in ("SimFBO", "FedNest")]
     return found

@@ -74,8 +74,8 @@ def preface(options):
         "Steps: each entry chose its own on each split from one grid per task, upper "
         f"{UPPER_STEPS}, lower (and linear) {LOWER_STEPS}, by the accuracy with one "
         f"head over the second half of as many rounds, on the worse of {len(SEEDS)} "
-        "deals that the tables never see. With exact products: the steps of the same entry "
-        "with differences.",
+        "deals that the tables never see. With exact products: the steps of the same "
+        "entry with differences.",
     ]
 
 
@@ -87,7 +87,7 @@ def report(part, options):
     cases = list(itertools.product(SPLITS.values(), range(options.seeds)))
     found, costs = {}, {}
     deals = {}
-    for entry in entries(fleet):
+    for entry in entries(name, fleet):
         if entry.capacity not in deals:
             deals[entry.capacity] = runs_of(
                 kind_of(name, d, entry.capacity), source, cases

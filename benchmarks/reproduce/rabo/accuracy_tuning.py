@@ -70,7 +70,7 @@ def tune(options):
     for part in options.only:
         name, fleet = part.split("-")
         print(part, flush=True)
-        for entry in entries(fleet):
+        for entry in entries(name, fleet):
             if entry.method in TWINS or entry.label in chosen().get(name, {}):
                 continue
             best = best_of(entry, name, source, options.rounds)
