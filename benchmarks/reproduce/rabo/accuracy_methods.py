@@ -1,6 +1,5 @@
 """Who takes part in each run, with what part of the model, and by which method."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,6 +7,8 @@ import numpy as np
 from accuracy_problems import CLIENTS
 
 import dbojax as dbo
+from dbojax.algorithms.fednest import fednest
+from dbojax.algorithms.simfbo import simfbo
 
 # capacity -> clients that have it
 FLEETS = {
@@ -73,37 +74,24 @@ def capacities(fleet):
     return np.random.default_rng(0).permutation(held)
 
 
-def _rounds_of(personal, oracle):
+def _federated(make, **more):
     def build(problem, fleet, upper_step, lower_step):
-        return dbo.algorithms.federated(
+        return make(
             problem,
-            oracle,
             fleet,
             upper_step=upper_step,
             lower_step=lower_step,
             local_steps=LOCAL_STEPS,
-            personal=personal,
             radius=RADIUS,
             sample=dbo.tasks.samplers.local(BATCH),
+            **more,
         )
 
     return build
 
 
-def _simfbo(problem, fleet, upper_step, lower_step):
-    return dbo.algorithms.simfbo(
-        problem,
-        fleet,
-        upper_step=upper_step,
-        lower_step=lower_step,
-        local_steps=LOCAL_STEPS,
-        radius=RADIUS,
-        sample=dbo.tasks.samplers.local(BATCH),
-    )
-
-
 def _fednest(problem, fleet, upper_step, lower_step):
-    return dbo.algorithms.fednest(
+    return fednest(
         problem,
         fleet,
         upper_step=upper_step,
@@ -116,30 +104,25 @@ def _fednest(problem, fleet, upper_step, lower_step):
 
 
 METHODS: dict[str, Callable] = {
-    "RAFBO": _rounds_of(False, dbo.oracles.finite_difference),
-    "RABO": _rounds_of(True, dbo.oracles.finite_difference),
-    "RAFBO, exact": _rounds_of(False, dbo.oracles.soba),
-    "RABO, exact": _rounds_of(True, dbo.oracles.soba),
-    "SimFBO": _simfbo,
+    "RAFBO": _federated(dbo.algorithms.rafbo),
+    "RABO": _federated(dbo.algorithms.rabo),
+    "RAFBO, exact": _federated(dbo.algorithms.rafbo, oracle=dbo.oracles.soba),
+    "RABO, exact": _federated(dbo.algorithms.rabo, oracle=dbo.oracles.soba),
+    "SimFBO": _federated(simfbo),
     "FedNest": _fednest,
 }
 
 
-def entries(fleets, exact=True, baselines=True):
-    """All lines of one task: references first."""
-    found = []
+def entries(task, fleet):
+    """All lines of one table; baselines and exact products in the main ones alone."""
+    found, main = [], fleet == "skewed" and task != "cnn"
     for method in ("RAFBO", "RABO"):
         found.append(Entry(method, "", "all full"))
-        for fleet in fleets:
-            found.append(Entry(method, fleet, "sub-models"))
-            if exact:
-                found.append(Entry(f"{method}, exact", fleet, "sub-models"))
-            found += [Entry(method, fleet, who) for who in ("capable", "smallest")]
-    if baselines:
+        found += [
+            Entry(method, fleet, who) for who in ("sub-models", "capable", "smallest")
+        ]
+        if main:
+            found.append(Entry(f"{method}, exact", fleet, "sub-models"))
+    if main:
         found += [Entry(name, "", "all full") for name in ("SimFBO", "FedNest")]
     return found
-
-
-@functools.cache
-def builder(entry):
-    return METHODS[entry.method]

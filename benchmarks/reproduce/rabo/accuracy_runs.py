@@ -19,15 +19,14 @@ class Outcome(NamedTuple):
 
     steps: np.ndarray  # rounds at which it was judged
     watched: np.ndarray  # (evaluations, runs), accuracy with one head
-    own: np.ndarray  # (runs,), with own heads, at the end
-    trained: np.ndarray  # (runs,), with the y that the method has, at the end
+    own: np.ndarray | None  # (runs,), with own heads, at the end
+    trained: np.ndarray | None  # (runs,), with the y that the method has, at the end
     megabytes: float  # per round, up and down, all participants
     up: float  # of them up
     coverage: dict  # name -> (smallest, mean) over rounds and runs
-    seconds: float  # of all runs together
+    seconds: float  # of all runs together, device blocked
     compile_seconds: float
     rounds: int
-    calls: dbo.Calls
 
 
 def rounds_of(entry, rounds):
@@ -35,7 +34,7 @@ def rounds_of(entry, rounds):
     return rounds * PARTICIPANTS // entry.participants
 
 
-def outcome(entry, runs, pairs, rounds, seed=0):
+def outcome(entry, runs, pairs, rounds, seed=0, final=True):
     """Run one entry; each run has its own pair of steps."""
     fleet = entry.fleet_of(runs)
     problem = runs.problem
@@ -61,17 +60,14 @@ def outcome(entry, runs, pairs, rounds, seed=0):
     )
     rows = history.evaluated()
     x = first(state.x)
-    # Personal heads of clients that never take part do not exist.
-    whole = entry.personal and len(entry.members) < runs.shares.shape[1]
     y = state.y if entry.personal else first(state.y)
-    seen = runs
-    if whole:
-        seen = runs._replace(shares=runs.shares[:, entry.members])
+    # Heads of clients that never take part do not exist.
+    there = runs._replace(shares=runs.shares[:, entry.members])
     return Outcome(
         rows["step"],
         rows["watched"],
-        np.asarray(judge.at_end(runs)(x)),
-        np.asarray(judge.as_trained(seen, entry.personal)(x, y)),
+        np.asarray(judge.at_end(runs)(x)) if final else None,
+        np.asarray(judge.as_trained(there, entry.personal)(x, y)) if final else None,
         history["total_bytes"][0] / 1e6,
         history["message_bytes"][0] / 1e6,
         {
@@ -84,7 +80,6 @@ def outcome(entry, runs, pairs, rounds, seed=0):
         history["seconds"][-1],
         history.compile_seconds,
         length,
-        None,
     )
 
 
