@@ -167,6 +167,40 @@ def test_a_labelled_batch_is_cut_with_the_variables():
     close(variables(ends[0]), variables(ends[1]))
 
 
+def once_differentiable(value, slope):
+    """A function whose gradient comes from the host, which nothing differentiates."""
+
+    @jax.custom_vjp
+    def of(v):
+        return value(v)
+
+    def backward(v, g):
+        shape = jax.ShapeDtypeStruct(v.shape, v.dtype)
+        found = jax.pure_callback(slope, shape, v, vmap_method="sequential")
+        return (g * found,)
+
+    of.defvjp(lambda v: (value(v), v), backward)
+    return of
+
+
+@pytest.mark.parametrize("make", [A.rafbo, A.rabo])
+def test_no_second_derivative_is_taken(make):
+    square = once_differentiable(lambda v: jnp.sum(v**2) / 2, np.asarray)
+    problem = dbo.Problem(
+        lambda x, y, b: jnp.sum((y - b) ** 2) / 2, lambda x, y, b: square(y - x)
+    )
+    units = S.fleet(S.coordinates(np.ones(3), np.ones(3)), [1.0, 1.0])
+    steps = {"upper_step": 0.1, "lower_step": 0.5}
+    algorithm = make(problem, units, **steps)
+    state = algorithm.init(np.zeros((1, 3)), np.zeros((1, 3)))
+    data = np.stack([np.full(3, 1.0), np.full(3, 3.0)])
+    state, _ = dbo.run(algorithm, jax.random.key(0), state, data, 200)
+    np.testing.assert_allclose(state.x, 2.0, atol=1e-6)
+    exact = make(problem, units, oracle=dbo.oracles.soba, **steps)
+    with pytest.raises(ValueError, match="Pure callbacks do not support"):
+        jax.eval_shape(exact.step, jax.random.key(0), state, data)
+
+
 def drawn_in_round_zero(algorithm_fleet):
     key_draw, *_ = jax.random.split(jax.random.key(0), 3)
     parts = S.draw(algorithm_fleet, key_draw, 0)

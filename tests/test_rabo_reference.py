@@ -1,6 +1,7 @@
 """The federated methods against their NumPy twins, over five rounds."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ N, DX, DY, ROUNDS, WIDTH = 6, 8, 6, 5, 1e-3
 THREE = (1.0, 0.5, 1.0, 0.5, 0.3, 0.5), ((1.0, 1), (0.5, 2), (0.3, 1))
 TWO = (0.5, 1.0, 0.5, 0.5, 1.0, 0.5), ((1.0, 1), (0.5, 3))
 ALL = (1.0,) * N, ((1.0, N),)
-STEPS = {"upper_step": 0.05, "lower_step": 0.1, "linear_step": 0.08}
+STEPS: dict[str, Any] = {"upper_step": 0.05, "lower_step": 0.1, "linear_step": 0.08}
 OWN = tuple(STEPS.values())
 FAST = {"xla_backend_optimization_level": 0}  # for compiling, of which there is more
 RULES = {
@@ -180,7 +181,7 @@ RABO = {
         TWO,
         "static",
         3,
-        {"keep": True, "radius": 0.4},
+        {"keep": True, "inner_steps": 0, "radius": 0.4},
         {"keep": True, "radius": 0.4},
     ),
 }

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dbojax import submodels, trees
-from dbojax.algorithms.federated import FederatedState, federated
+from dbojax.algorithms.federated import federated
 from dbojax.algorithms.meetings import ask, mean_loss, meeting, trips
 from dbojax.algorithms.visits import Sample
 from dbojax.base import (
@@ -136,15 +136,17 @@ def fednest(
         y = phases.lower(here, x, y)
         z = phases.series(here, x, y)
         h, x, upper = phases.upper(here, x, y, z)
-        rows = (jax.tree.map(lambda a: a[None], v) for v in (x, y, z))
-        state = FederatedState(*rows, state.uplink, state.server, state.round + 1)
+        rows = jax.tree.map(lambda a: a[None], {"x": x, "y": y, "z": z})
+        state = state._replace(**rows, round=state.round + 1)
+        least = [submodels.smallest(side.holders) for side in (here.x, here.y)]
+        zero = jnp.zeros(())
         metrics = Metrics(
             upper,
             trees.norm(h),
-            Consensus(*(jnp.zeros(()) for _ in range(3))),
+            Consensus(zero, zero, zero),
             _traffic(fleet, loops, reduced, x, y),
             _calls(loops, reduced),
-            Coverage(*(submodels.smallest(s.holders) for s in (here.x, here.y))),
+            Coverage(*least),
         )
         return state, metrics
 

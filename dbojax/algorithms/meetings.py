@@ -114,7 +114,8 @@ def mean_loss(here: Meeting, problem: Problem, x: Tree, y: Tree) -> jax.Array:
     """Mean over the clients of f at their own parts of x and y."""
 
     def loss(client, xs, ys):
-        return problem.upper(*xs, *ys, by_level(client.data)[0])
+        (x,), (y,) = xs, ys
+        return problem.upper(x, y, by_level(client.data)[0])
 
     return jnp.mean(jnp.concatenate(_answers(here, loss, (x,), (y,))))
 
@@ -129,6 +130,10 @@ def _answers(here, question, xs, ys) -> list[Tree]:
         def cut(labels, tree):
             return submodels.take(labels, here.units, tree, kept)
 
+        def same(labels, tree):
+            del labels
+            return tree
+
         restrict = cut if here.extracted else zeroed
         if here.extracted and here.batch_labels is not None:
             data = cut(here.batch_labels, data)
@@ -137,13 +142,14 @@ def _answers(here, question, xs, ys) -> list[Tree]:
             for side, values in ((here.x, xs), (here.y, ys))
         ]
         # Smaller variables have nothing to zero.
-        within = [
-            (lambda tree: tree)
-            if here.extracted
-            else functools.partial(zeroed, side.labels)
-            for side in (here.x, here.y)
-        ]
-        return question(Client(key, data, *within), *own)
+        within = same if here.extracted else zeroed
+        client = Client(
+            key,
+            data,
+            functools.partial(within, here.x.labels),
+            functools.partial(within, here.y.labels),
+        )
+        return question(client, *own)
 
     return [
         jax.vmap(one)(part.kept, keys, rows)

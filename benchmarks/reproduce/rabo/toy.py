@@ -19,6 +19,7 @@ ensure(["tasks", "plots"])
 
 import argparse
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from toy_common import CAPACITIES, spread, stacked, watched
 import dbojax as dbo
 
 s = dbo.submodels
-STEPS = {"upper_step": 0.05, "lower_step": 0.1, "linear_step": 0.1}
+STEPS: dict[str, Any] = {"upper_step": 0.05, "lower_step": 0.1, "linear_step": 0.1}
 WIDTH, EVERY = 1e-4, 10
 FULL = "full, K = 1"
 CASES = ("heterogeneous", "identical")
@@ -104,7 +105,7 @@ def solve_all(options):
     chosen = settings(layout, options.rounds)
     return {
         (name, label): solve(label, chosen[label], name, toys, options)
-        for name in METHODS
+        for name in options.methods
         for label in options.only or chosen
     }
 
@@ -206,6 +207,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--only", nargs="+", help="labels of settings")
     parser.add_argument("--no-radii", action="store_true", help="skip the second table")
     parser.add_argument("--out", type=Path, default=Path("results/rabo"))
@@ -229,7 +231,7 @@ def main():
         f"{spread(start[1], '{:.2f}')} for identical ones. C_x*: the fewest clients "
         "that held an entry of x in any round.",
     ]
-    for name in METHODS:
+    for name in options.methods:
         rows = list(rows_of(found, name))
         write_csv(options.out / f"toy_{name.lower()}.csv", rows)
         lines += ["", f"## {name}", "", *table(rows), ""]
