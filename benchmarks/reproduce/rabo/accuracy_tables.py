@@ -73,8 +73,9 @@ def preface(options):
         "",
         "Steps: each entry chose its own on each split from one grid per task, upper "
         f"{UPPER_STEPS}, lower (and linear) {LOWER_STEPS}, by the accuracy with one "
-        f"head over the second half of as many rounds, on the worse of {len(SEEDS)} "
-        "deals that the tables never see. With exact products: the steps of the same "
+        "head over the second half of as many rounds, on the worse of "
+        f"{len(SEEDS)} deals that the tables never see. With exact products: the "
+        "steps of the same "
         "entry with differences.",
     ]
 

@@ -13,7 +13,7 @@ from accuracy_runs import outcome
 UPPER_STEPS = {
     "mlp": (0.03, 0.1, 0.3),
     "cnn": (0.01, 0.03, 0.1),
-    "tuning": (0.3, 1.0, 3.0, 10.0),
+    "tuning": (0.3, 1.0, 3.0),
 }
 LOWER_STEPS = {"mlp": (0.1, 0.3, 1.0), "cnn": (0.03, 0.1), "tuning": (0.1, 0.3)}
 SEEDS = (100, 101)
