@@ -35,7 +35,10 @@ def steps_of(name, entry, split):
     With exact products a method has the steps of the same method with differences.
     """
     twin = entry._replace(method=TWINS.get(entry.method, entry.method))
-    return tuple(chosen()[name][twin.label][split])
+    found = chosen().get(name, {})
+    if twin.label not in found:
+        raise SystemExit(f"No steps are chosen for {twin.label!r}: `--tune` first.")
+    return tuple(found[twin.label][split])
 
 
 def best_of(entry, name, source, rounds):
