@@ -26,6 +26,9 @@ bench:
 	$(PYTHON) benchmarks/reproduce/cdadam.py
 	$(PYTHON) benchmarks/reproduce/csoba.py
 	$(PYTHON) benchmarks/hypergradients.py
+	for part in toy rate modes memory accuracy; do \
+		$(PYTHON) benchmarks/reproduce/rabo/$$part.py || exit 1; \
+	done
 	for part in depth accuracy devices pde condensation few_shot language; do \
 		$(PYTHON) benchmarks/reproduce/fg2u/$$part.py || exit 1; \
 	done

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import dbojax as dbo
@@ -61,11 +62,26 @@ def method(make=A.rafbo, problem=PROBLEM, fleet=fleet(), **settings):  # noqa: B
 
 @functools.cache
 def after_three(name, uplink="dense", **settings):
-    uplink = UPLINKS[uplink]
-    return run(method(MAKERS[name], radius=2.0, uplink=uplink, **settings))
+    present = PARTICIPANTS if uplink != "memories of all" else None
+    settings |= {"uplink": UPLINKS[uplink], "fleet": fleet(participants=present)}
+    return run(method(MAKERS[name], radius=2.0, **settings))
+
+
+def with_oracle(make):
+    return functools.partial(A.rafbo, oracle=make)
 
 
 MAKERS = {
+    "one step": with_oracle(
+        functools.partial(dbo.oracles.one_step_difference, step_size=0.1)
+    ),
+    "solver": with_oracle(
+        lambda problem: dbo.oracles.from_hypergradient(
+            dbo.hypergradients.reverse(
+                problem, dbo.hypergradients.descent(problem, optax.sgd(0.1), 2)
+            )
+        )
+    ),
     "rafbo": A.rafbo,
     "rabo": A.rabo,
     "soba": lambda problem, fleet, **more: A.federated(
@@ -110,6 +126,8 @@ UPLINKS = {
         ("rafbo", "own units"),
         ("rafbo", "memories of all"),
         ("rabo", "dense"),
+        ("one step", "dense"),
+        ("solver", "dense"),
     ],
 )
 def test_smaller_networks_give_the_numbers_of_masked_ones(name, uplink):
@@ -165,6 +183,40 @@ def test_a_labelled_batch_is_cut_with_the_variables():
         state = algorithm.init(np.ones((1, D)), np.ones((1, D)))
         ends.append(jax.jit(algorithm.step)(jax.random.key(0), state, data)[0])
     close(variables(ends[0]), variables(ends[1]))
+
+
+def once_differentiable(value, slope):
+    """A function whose gradient comes from the host, which nothing differentiates."""
+
+    @jax.custom_vjp
+    def of(v):
+        return value(v)
+
+    def backward(v, g):
+        shape = jax.ShapeDtypeStruct(v.shape, v.dtype)
+        found = jax.pure_callback(slope, shape, v, vmap_method="sequential")
+        return (g * found,)
+
+    of.defvjp(lambda v: (value(v), v), backward)
+    return of
+
+
+@pytest.mark.parametrize("make", [A.rafbo, A.rabo])
+def test_no_second_derivative_is_taken(make):
+    square = once_differentiable(lambda v: jnp.sum(v**2) / 2, np.asarray)
+    problem = dbo.Problem(
+        lambda x, y, b: jnp.sum((y - b) ** 2) / 2, lambda x, y, b: square(y - x)
+    )
+    units = S.fleet(S.coordinates(np.ones(3), np.ones(3)), [1.0, 1.0])
+    steps = {"upper_step": 0.1, "lower_step": 0.5}
+    algorithm = make(problem, units, **steps)
+    state = algorithm.init(np.zeros((1, 3)), np.zeros((1, 3)))
+    data = np.stack([np.full(3, 1.0), np.full(3, 3.0)])
+    state, _ = dbo.run(algorithm, jax.random.key(0), state, data, 200)
+    np.testing.assert_allclose(state.x, 2.0, atol=1e-6)
+    exact = make(problem, units, oracle=dbo.oracles.soba, **steps)
+    with pytest.raises(ValueError, match="Pure callbacks do not support"):
+        jax.eval_shape(exact.step, jax.random.key(0), state, data)
 
 
 def drawn_in_round_zero(algorithm_fleet):
@@ -294,8 +346,6 @@ def test_a_sample_is_drawn_for_each_local_step():
 
 
 def test_server_steps_are_optax_transforms():
-    import optax
-
     fast = run(method(server_steps=(optax.adam(0.01), 1.0, 1.0)), rounds=1)[0]
     moves = np.abs(np.asarray(fast.x["kernel"][0] - start()[0]["kernel"][0]))
     np.testing.assert_allclose(moves[moves > 0], 0.01, rtol=1e-3)
@@ -304,7 +354,12 @@ def test_server_steps_are_optax_transforms():
 
 def test_bad_input_is_refused_before_any_compute():
     x, y = start()
-    good = method()
+    good, own = method(), method(A.rabo)
+    remembering = method(uplink=UPLINKS["memories of all"])
+
+    def step(make, state):
+        return jax.eval_shape(method(make).step, jax.random.key(0), state, batch())
+
     cases = [
         ("whole number >= 1, or one for each of 3", lambda: method(local_steps=(1, 2))),
         ("`inner_steps` is a whole number", lambda: method(inner_steps=-1)),
@@ -315,6 +370,10 @@ def test_bad_input_is_refused_before_any_compute():
         ("does not fit its label", lambda: good.init(x, y[:, :4])),
         ("Every leaf of `batch` needs 5 nodes", lambda: run(good, data=y)),
         ("radius > 0", lambda: method(radius=-1.0)),
+        ("for each of 3", lambda: method(local_steps=2.0)),
+        ("Let all take part", lambda: remembering.init(x, y)),
+        ("is that of another one", lambda: step(A.rabo, good.init(x, y))),
+        ("is that of another one", lambda: step(A.rafbo, own.init(x, y))),
     ]
     for message, call in cases:
         with pytest.raises(ValueError, match=message):

@@ -1,6 +1,8 @@
 """Which part of x and y a client holds: units, rules, capacities and coverage."""
 
+from dbojax.submodels.coverage import Window as Window
 from dbojax.submodels.coverage import counts as counts
+from dbojax.submodels.coverage import over_rounds as over_rounds
 from dbojax.submodels.coverage import smallest as smallest
 from dbojax.submodels.fleet import Drawn as Drawn
 from dbojax.submodels.fleet import Fleet as Fleet

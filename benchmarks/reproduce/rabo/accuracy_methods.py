@@ -7,8 +7,6 @@ import numpy as np
 from accuracy_problems import CLIENTS
 
 import dbojax as dbo
-from dbojax.algorithms.fednest import fednest
-from dbojax.algorithms.simfbo import simfbo
 
 # capacity -> clients that have it
 FLEETS = {
@@ -91,7 +89,7 @@ def _federated(make, **more):
 
 
 def _fednest(problem, fleet, upper_step, lower_step):
-    return fednest(
+    return dbo.algorithms.fednest(
         problem,
         fleet,
         upper_step=upper_step,
@@ -108,7 +106,7 @@ METHODS: dict[str, Callable] = {
     "RABO": _federated(dbo.algorithms.rabo),
     "RAFBO, exact": _federated(dbo.algorithms.rafbo, oracle=dbo.oracles.soba),
     "RABO, exact": _federated(dbo.algorithms.rabo, oracle=dbo.oracles.soba),
-    "SimFBO": _federated(simfbo),
+    "SimFBO": _federated(dbo.algorithms.simfbo),
     "FedNest": _fednest,
 }
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import accuracy_judge as judge
 import matplotlib
 import numpy as np
 
@@ -73,8 +74,9 @@ def preface(options):
         "",
         "Steps: each entry chose its own on each split from one grid per task, upper "
         f"{UPPER_STEPS}, lower (and linear) {LOWER_STEPS}, by the accuracy with one "
-        f"head over the second half of as many rounds, on the worse of {len(SEEDS)} "
-        "deals that the tables never see. With exact products: the steps of the same "
+        "head over the second half of as many rounds, on the worse of "
+        f"{len(SEEDS)} deals that the tables never see. With exact products: the "
+        "steps of the same "
         "entry with differences.",
     ]
 
@@ -106,16 +108,26 @@ def report(part, options):
             flush=True,
         )
     lines = [f"## {TITLES[name]}, {fleet} capacities", "", about(name, source)]
-    raw = []
+    raw, start = [], at_start(deals[1.0])
     for number, split in enumerate(SPLITS):
         part_of = slice(number * options.seeds, (number + 1) * options.seeds)
         target = SHARE * next(iter(found.values())).watched[-1, part_of].mean()
         rows = rows_of(found, costs, part_of, target)
         raw += [{"split": split, **row} for row in rows]
-        lines += ["", f"### {split}, target {target:.3f}", "", *table(rows)]
+        lines += ["", f"### {split}, target {target:.3f}", ""]
+        words = ", ".join(f"{spread(v[part_of])} with {k}" for k, v in start.items())
+        lines += [f"The full-size x at the start: {words}.", "", *table(rows)]
     write_csv(options.out / f"accuracy_{part}.csv", raw)
     picture(found, options.seeds, options.out / f"accuracy_{part}.png")
     return lines
+
+
+def at_start(runs):
+    """Accuracies of x before any step: what training has to add to."""
+    return {
+        "one head": np.asarray(judge.along(runs)(runs.x0)),
+        "own heads": np.asarray(judge.at_end(runs)(runs.x0)),
+    }
 
 
 def about(name, source):

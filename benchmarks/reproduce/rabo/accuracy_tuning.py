@@ -13,7 +13,7 @@ from accuracy_runs import outcome
 UPPER_STEPS = {
     "mlp": (0.03, 0.1, 0.3),
     "cnn": (0.01, 0.03, 0.1),
-    "tuning": (0.3, 1.0, 3.0, 10.0),
+    "tuning": (0.3, 1.0, 3.0),
 }
 LOWER_STEPS = {"mlp": (0.1, 0.3, 1.0), "cnn": (0.03, 0.1), "tuning": (0.1, 0.3)}
 SEEDS = (100, 101)
@@ -35,7 +35,10 @@ def steps_of(name, entry, split):
     With exact products a method has the steps of the same method with differences.
     """
     twin = entry._replace(method=TWINS.get(entry.method, entry.method))
-    return tuple(chosen()[name][twin.label][split])
+    found = chosen().get(name, {})
+    if twin.label not in found:
+        raise SystemExit(f"No steps are chosen for {twin.label!r}: `--tune` first.")
+    return tuple(found[twin.label][split])
 
 
 def best_of(entry, name, source, rounds):
