@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import dbojax as dbo
@@ -61,11 +62,26 @@ def method(make=A.rafbo, problem=PROBLEM, fleet=fleet(), **settings):  # noqa: B
 
 @functools.cache
 def after_three(name, uplink="dense", **settings):
-    uplink = UPLINKS[uplink]
-    return run(method(MAKERS[name], radius=2.0, uplink=uplink, **settings))
+    present = PARTICIPANTS if uplink != "memories of all" else None
+    settings |= {"uplink": UPLINKS[uplink], "fleet": fleet(participants=present)}
+    return run(method(MAKERS[name], radius=2.0, **settings))
+
+
+def with_oracle(make):
+    return functools.partial(A.rafbo, oracle=make)
 
 
 MAKERS = {
+    "one step": with_oracle(
+        functools.partial(dbo.oracles.one_step_difference, step_size=0.1)
+    ),
+    "solver": with_oracle(
+        lambda problem: dbo.oracles.from_hypergradient(
+            dbo.hypergradients.reverse(
+                problem, dbo.hypergradients.descent(problem, optax.sgd(0.1), 2)
+            )
+        )
+    ),
     "rafbo": A.rafbo,
     "rabo": A.rabo,
     "soba": lambda problem, fleet, **more: A.federated(
@@ -110,6 +126,8 @@ UPLINKS = {
         ("rafbo", "own units"),
         ("rafbo", "memories of all"),
         ("rabo", "dense"),
+        ("one step", "dense"),
+        ("solver", "dense"),
     ],
 )
 def test_smaller_networks_give_the_numbers_of_masked_ones(name, uplink):
@@ -328,8 +346,6 @@ def test_a_sample_is_drawn_for_each_local_step():
 
 
 def test_server_steps_are_optax_transforms():
-    import optax
-
     fast = run(method(server_steps=(optax.adam(0.01), 1.0, 1.0)), rounds=1)[0]
     moves = np.abs(np.asarray(fast.x["kernel"][0] - start()[0]["kernel"][0]))
     np.testing.assert_allclose(moves[moves > 0], 0.01, rtol=1e-3)
@@ -338,7 +354,12 @@ def test_server_steps_are_optax_transforms():
 
 def test_bad_input_is_refused_before_any_compute():
     x, y = start()
-    good = method()
+    good, own = method(), method(A.rabo)
+    remembering = method(uplink=UPLINKS["memories of all"])
+
+    def step(make, state):
+        return jax.eval_shape(method(make).step, jax.random.key(0), state, batch())
+
     cases = [
         ("whole number >= 1, or one for each of 3", lambda: method(local_steps=(1, 2))),
         ("`inner_steps` is a whole number", lambda: method(inner_steps=-1)),
@@ -349,6 +370,10 @@ def test_bad_input_is_refused_before_any_compute():
         ("does not fit its label", lambda: good.init(x, y[:, :4])),
         ("Every leaf of `batch` needs 5 nodes", lambda: run(good, data=y)),
         ("radius > 0", lambda: method(radius=-1.0)),
+        ("for each of 3", lambda: method(local_steps=2.0)),
+        ("Let all take part", lambda: remembering.init(x, y)),
+        ("is that of another one", lambda: step(A.rabo, good.init(x, y))),
+        ("is that of another one", lambda: step(A.rafbo, own.init(x, y))),
     ]
     for message, call in cases:
         with pytest.raises(ValueError, match=message):

@@ -79,19 +79,27 @@ class Linen(nn.Module):
         second = nn.Dense(6)(first)
         if self.norm == "each unit":
             second = nn.GroupNorm(num_groups=None, group_size=1)(second[:, None])[:, 0]
+        if self.norm == "the batch":
+            second = nn.BatchNorm(use_running_average=False)(second)
         if self.norm == "all units":
             second = nn.LayerNorm()(second)
         return nn.tanh(second + first if self.skip else second)
 
 
-def read_off(module, inputs=None):
+def read_off(module, inputs=None, **more):
     inputs = np.ones((2, 5)) if inputs is None else inputs
     variables = jax.eval_shape(module.init, jax.random.key(0), inputs)
-    width = jax.eval_shape(module.apply, variables, inputs).shape[-1]
-    x, y = variables["params"], {"kernel": np.ones((width, 3)), "bias": np.ones(3)}
+    x = variables["params"]
+
+    def features(x, inputs):
+        found = module.apply({"params": x}, inputs, **more)
+        return found[0] if more else found
+
+    width = jax.eval_shape(features, x, inputs).shape[-1]
+    y = {"kernel": np.ones((width, 3)), "bias": np.ones(3)}
 
     def apply(x, y, inputs):
-        return module.apply({"params": x}, inputs) @ y["kernel"] + y["bias"][None]
+        return features(x, inputs) @ y["kernel"] + y["bias"][None]
 
     return S.layers(apply, x, y, inputs), x, y
 
@@ -107,6 +115,11 @@ def test_layers_of_a_flax_module(norm):
     if norm == "each unit":
         assert found.x["GroupNorm_0"] == {"bias": "layer1", "scale": "layer1"}
     assert jax.tree.structure(found.x) == jax.tree.structure(x)
+
+
+def test_statistics_of_a_batch_are_refused():
+    with pytest.raises(ValueError, match="depends on the rest of the batch"):
+        read_off(Linen("the batch"), np.ones((4, 5)), mutable=["batch_stats"])
 
 
 def test_ten_layers_come_in_the_order_of_use():
@@ -127,6 +140,7 @@ def test_layouts_are_checked():
         "multiples of its number of units": (x, y, "h h", "_"),
         "needs a label of 2 words": (x, y, "h", "h"),
         "needs the structure of `y`": (x, y, "_ h", {"a": "h"}),
+        "names groups that cut neither": (x, y, "_ h", "h", "_ f"),
     }
     for message, arguments in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -175,6 +189,8 @@ def fleet_of(capacities, participants=None, **more):
         ([1.0, 0.5], {"participants": {0.5: 1}}, "fewer than minimum=1"),
         ([1.0, 0.5], {"participants": {0.3: 1}}, "maps capacities"),
         ([1.0, 0.5], {"frozen": ("h",)}, "`frozen` names groups"),
+        ([1.0, 0.5], {"frozen": ("x0",), "rule": S.magnitude()}, "ranks them anew"),
+        ([1.0, 0.9, 0.8, 0.7], {"participants": 2}, "would never take part"),
     ],
 )
 def test_impossible_fleets_are_refused(capacities, more, message):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -25,6 +25,7 @@ def fedbio(
     uplink: Compressor | Channel | None = None,
     sample: Sample | None = None,
     extracted: bool = True,
+    smaller: Callable[[Mapping[str, int]], Problem] | None = None,
 ) -> Algorithm:
     r"""Average x, y and z over the clients after every K local steps of all three.
 
@@ -48,6 +49,7 @@ def fedbio(
         uplink: as for :func:`dbo.algorithms.federated`.
         sample: likewise.
         extracted: likewise.
+        smaller: likewise.
 
     Returns:
         An algorithm that sends ``|x| + 2 |y|`` numbers up and as many down.
@@ -71,4 +73,5 @@ def fedbio(
         uplink=uplink,
         sample=sample,
         extracted=extracted,
+        smaller=smaller,
     )

@@ -108,12 +108,13 @@ def federated(
         inner_steps: steps of y alone, at the old x, before the others.
         personal: y and z stay at the client and are never sent.
         radius: z is scaled back to at most this length, at the server or, if personal,
-            at the client after each step.
+            at the client after each step. Infinite for ``dbo.oracles.perturbed``, whose
+            z is a lower solution.
         server_steps: gamma of x, y and z, or optax transforms.
         uplink: a compressor, which acts on what a client holds and remembers nothing,
             or a server channel over all clients, which acts on whole variables, zero
-            where a client holds nothing, and remembers what it does. None sends
-            everything.
+            where a client holds nothing; one with memory needs all of them in every
+            round. None sends everything.
         sample: ``(key, one client's data) -> batch``, e.g.
             ``dbo.tasks.samplers.local(32)``, drawn anew for each local step; by default
             what comes as a batch is used at every one.
@@ -126,7 +127,7 @@ def federated(
             values; for comparison, as it saves no memory. Needs ``extracted=False``.
         divide_by: :func:`covered` or :func:`everyone`.
         normalise: divide by each client's number of local steps and multiply by the
-            mean of all clients'.
+            mean of those of all who take part.
 
     Returns:
         An algorithm; ``init`` takes variables with one row or with one per client, and
@@ -188,13 +189,16 @@ def federated(
     def step(key, state, batch):
         trees.check_type(state, FederatedState, "state", "method.init(x, y)")
         trees.check_batch(batch, fleet.clients, "batch")
+        _check_rows(state, fleet.clients if personal else 1)
         key_draw, key_local, key_up = jax.random.split(key, 3)
         server = Held(*map(_first, (state.x, state.y, state.z)))
         local = work._replace(labels=_labels(layout, server))
         check_work(local, fleet.levels, counts, server, batch)
         scores = None
         if fleet.rule.by_magnitude:
-            scores = submodels.scores(layout, server.x, server.y)
+            # What is personal is unknown to the server.
+            known = jax.tree.map(jnp.zeros_like, server.y) if personal else server.y
+            scores = submodels.scores(layout, server.x, known)
         drawn = submodels.draw(fleet, key_draw, state.round, scores)
 
         def at_level(level, part, count):
@@ -341,6 +345,16 @@ def _at(tree, part):
     return jax.tree.map(lambda leaf: leaf[part.clients], tree)
 
 
+def _check_rows(state, rows):
+    for name, wanted in (("x", 1), ("y", rows), ("z", rows)):
+        found = trees.num_nodes(getattr(state, name), f"state.{name}")
+        if found != wanted:
+            raise ValueError(
+                f"`state.{name}` holds {found} rows, this method keeps {wanted}: the "
+                "state is that of another one. Write `method.init(x, y)`."
+            )
+
+
 def _one_row(v):
     if trees.num_nodes(v) == 1:
         return v
@@ -395,8 +409,8 @@ def _check_settings(fleet, inner_steps, keep, extracted):
 def _local_steps(local_steps, fleet) -> list[int]:
     """One number per level."""
     levels = len(fleet.levels)
-    one = isinstance(local_steps, int | np.integer)
-    counts = [local_steps] * levels if one else list(local_steps)
+    many = isinstance(local_steps, Sequence | np.ndarray)
+    counts = list(local_steps) if many else [local_steps] * levels
     good = all(isinstance(k, int | np.integer) and k >= 1 for k in counts)
     if len(counts) != levels or not good:
         raise ValueError(

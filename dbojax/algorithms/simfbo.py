@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -30,6 +30,7 @@ def simfbo(
     uplink: Compressor | Channel | None = None,
     sample: Sample | None = None,
     extracted: bool = True,
+    smaller: Callable[[Mapping[str, int]], Problem] | None = None,
 ) -> Algorithm:
     r"""Sum local directions of x, y and z at the clients, then step at the server.
 
@@ -56,7 +57,7 @@ def simfbo(
         server_steps: the gammas, in units of the local steps; or optax transforms.
         radius: z is scaled back to at most this length at the server.
         oracle: makes directions; by default with exact Hessian products.
-        uplink, sample, extracted: as for :func:`dbo.algorithms.federated`.
+        uplink, sample, extracted, smaller: as for :func:`dbo.algorithms.federated`.
 
     Returns:
         An algorithm whose round sends ``|x| + 2 |y|`` numbers up and as many down.
@@ -91,6 +92,7 @@ def simfbo(
         uplink=uplink,
         sample=sample,
         extracted=extracted,
+        smaller=smaller,
     )
 
 
@@ -108,6 +110,7 @@ def shrofbo(
     uplink: Compressor | Channel | None = None,
     sample: Sample | None = None,
     extracted: bool = True,
+    smaller: Callable[[Mapping[str, int]], Problem] | None = None,
 ) -> Algorithm:
     r"""SimFBO for clients that take unlike numbers of local steps.
 
@@ -122,7 +125,7 @@ def shrofbo(
         problem, fleet, upper_step, lower_step, linear_step, server_steps, radius: as
             for :func:`simfbo`.
         local_steps: K, one number per level of ``fleet``, the largest capacity first.
-        oracle, uplink, sample, extracted: likewise.
+        oracle, uplink, sample, extracted, smaller: likewise.
 
     Returns:
         An algorithm; where all clients take as many steps it is :func:`simfbo`.
@@ -147,5 +150,6 @@ def shrofbo(
         uplink=uplink,
         sample=sample,
         extracted=extracted,
+        smaller=smaller,
         normalise=True,
     )

@@ -66,7 +66,16 @@ def _whole_rows(channel: Channel, fleet: Fleet) -> Uplink:
 
     def init(whole):
         zeros = jax.tree.map(jnp.zeros_like, whole)
-        return channel.init(trees.replicate(zeros, n))
+        memory = channel.init(trees.replicate(zeros, n))
+        if present < n and jax.tree.leaves(memory):
+            raise ValueError(
+                f"This `uplink` remembers what clients sent, but only {present} of {n} "
+                "take part in a round: what it remembers of the others would count as "
+                "theirs who hold an entry now. Let all take part, or use a channel "
+                "without memory, `dbo.channels.server(mix, compressor)`, or the "
+                "compressor by itself."
+            )
+        return memory
 
     def total(key, labels, drawn, moves, like, state):
         rows = trees.replicate(jax.tree.map(jnp.zeros_like, like), n)

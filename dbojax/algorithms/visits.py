@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dbojax import trees
 from dbojax.base import Oracle, Problem, Tree, by_level
-from dbojax.submodels import Kept, Level, masked, take
+from dbojax.submodels import Kept, Level, mask, masked, take
 
 Sample = Callable[[jax.Array, Tree], Tree]  # (key, one client's data) -> its batch
 
@@ -54,11 +54,6 @@ def visit(
 ) -> Visit:
     """Local steps of one client; ``held`` are the whole variables it starts from."""
     key_sample, key_oracle = jax.random.split(key)
-    problem = work.problem
-    if work.extracted and work.smaller is not None and level.kept:
-        sizes = {name: level.kept.get(name, n) for name, n in work.units.items()}
-        problem = work.smaller(sizes)
-    oracle = work.oracle(problem)
 
     def cut(labels, tree):
         return take(labels, work.units, tree, kept)
@@ -80,6 +75,8 @@ def visit(
     start = Held(*map(cut if work.extracted else restrict, work.labels, held))
     if work.keep:
         start = held
+    problem = _own_problem(work, level, kept, start)
+    oracle = work.oracle(problem)
 
     def descend(step, y):
         _, samples = by_level(batch_of(step))
@@ -110,6 +107,30 @@ def visit(
         start, now = (Held(*map(cut, work.labels, v)) for v in (start, now))
     moves = jax.tree.map(jnp.subtract, start, now)
     return Visit(moves, now, upper)
+
+
+def _own_problem(work: Work, level, kept, start: Held) -> Problem:
+    """The objectives of a client, which do not see what it does not hold."""
+    if work.extracted:
+        if work.smaller is None or not level.kept:
+            return work.problem
+        sizes = {name: level.kept.get(name, n) for name, n in work.units.items()}
+        return work.smaller(sizes)
+
+    def within(labels, v, otherwise):
+        own = mask(labels, work.units, kept, v)
+        return jax.tree.map(jnp.where, own, v, otherwise)
+
+    def seen(objective):
+        # Oracles may move y along vectors of their own, which reach beyond its part.
+        def of_part(x, y, batch):
+            x = within(work.labels.x, x, start.x)
+            y = within(work.labels.y, y, start.y)
+            return objective(x, y, batch)
+
+        return of_part
+
+    return Problem(*map(seen, work.problem)) if kept else work.problem
 
 
 def _moved(v, direction, step):

@@ -101,6 +101,12 @@ def fleet(
         raise ValueError(
             f"`frozen` names groups of the layout, {list(layout.units)}; got {unknown}."
         )
+    if frozen and rule.by_magnitude:
+        raise ValueError(
+            "`frozen` keeps the units of the first round, but this rule ranks them "
+            "anew in each. Leave `frozen` out, or take a rule of the round alone, e.g. "
+            "`dbo.submodels.staggered()`."
+        )
     values = sorted(set(capacities.tolist()), reverse=True)
     members = [np.flatnonzero(capacities == value) for value in values]
     sizes = dict(zip(values, map(len, members), strict=True))
@@ -175,6 +181,14 @@ def _shares(sizes, participants, minimum) -> dict[float, int]:
     while shares.get(1.0, minimum) < min(minimum, sizes.get(1.0, 0)):
         shares[1.0] += 1
         shares[max(shares, key=lambda v: (v != 1.0, shares[v]))] -= 1
+    idle = [f"{value:g}" for value, count in shares.items() if not count]
+    if idle:
+        raise ValueError(
+            f"With {participants} participants shared out among {len(sizes)} levels, "
+            f"clients of capacities {', '.join(idle)} would never take part. Use fewer "
+            "capacities or more participants, or tell the numbers level by level, e.g. "
+            "`{1.0: 1, 0.5: 3}`."
+        )
     return shares
 
 

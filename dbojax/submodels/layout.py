@@ -84,6 +84,13 @@ def layout(  # noqa: D417 - x and y, and their labels, are described together.
                 f"Axes of the group {word!r} must be multiples of its number of units, "
                 f"the shortest of them; got lengths {found}."
             )
+    words = [w for label in jax.tree.leaves(batch_units) for w in label.split()]
+    unknown = sorted(set(words) - {WHOLE, *units})
+    if unknown:
+        raise ValueError(
+            f"`batch_units` names groups that cut neither x nor y: {unknown}; there "
+            f"are {list(units)}."
+        )
     return Layout(units, x_units, y_units, batch_units)
 
 
@@ -251,6 +258,7 @@ def _chain(paths, shapes, order, kernels) -> tuple[list[str], list[bool]]:
 def _check_cut(apply, both, inputs, found: Layout, norms):
     """Try on random parameters that units which are cut have no influence."""
     rng = np.random.default_rng(0)
+    inputs = _varied(rng, inputs)
     both = jax.tree.map(
         lambda a: rng.normal(size=jnp.shape(a)).astype(jnp.result_type(a)), both
     )
@@ -276,11 +284,36 @@ def _check_cut(apply, both, inputs, found: Layout, norms):
         others.append(jax.jit(smaller)(both))
     wanted, *others = map(np.asarray, (wanted, *others))
     close = 1e-3 * (1 + np.abs(wanted).max())
+    _check_samples(apply, both, inputs, close)
     if not all(np.abs(out - wanted).max() <= close for out in others):
         raise ValueError(
             "This network is no chain of layers: units that were cut still have an "
             "influence, by a skip or a norm over several units. Use a norm per sample "
             "and channel, or label the axes by hand with `dbo.submodels.layout`."
+        )
+
+
+def _varied(rng, inputs):
+    """Inputs whose samples differ, where they are numbers."""
+    if not jnp.issubdtype(jnp.result_type(inputs), jnp.floating):
+        return inputs
+    return inputs + rng.normal(size=jnp.shape(inputs)).astype(jnp.result_type(inputs))
+
+
+def _check_samples(apply, both, inputs, close):
+    """Refuse networks whose output for a sample depends on the others."""
+
+    def outputs(both):
+        return apply(*both, inputs)[:1], apply(*both, inputs[:1])
+
+    if jnp.ndim(inputs) < 2 or len(inputs) < 2:
+        return
+    together, alone = map(np.asarray, jax.jit(outputs)(both))
+    if not np.abs(together - alone).max() <= close:
+        raise ValueError(
+            "What this network makes of a sample depends on the rest of the batch, as "
+            "with batch normalisation by statistics of the batch; these change with "
+            "the units that are held. Use a norm per sample and channel."
         )
 
 

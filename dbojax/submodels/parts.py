@@ -36,6 +36,11 @@ def take(labels: Tree, units: dict[str, int], tree: Tree, kept: Kept) -> Tree:
 
     def leaf(label, value):
         for axis, group in _cuts(label, kept):
+            if value.shape[axis] % units[group]:
+                raise ValueError(
+                    f"Axis {axis} of a leaf of shape {value.shape} is labelled "
+                    f"{group!r} but is no multiple of its {units[group]} units."
+                )
             blocks = np.arange(value.shape[axis] // units[group])[:, None]
             index = (blocks * units[group] + kept[group][None]).reshape(-1)
             value = jnp.take(value, index, axis, mode="clip")

@@ -153,7 +153,9 @@ def per_layer(group: Group) -> Phase:
     repeat at once what client 0 does later, and a spread that shares a factor with the
     number of clients puts several on the same units.
     """
-    return Phase(stride=group.number + 2)
+    stride = group.number + 2
+    # A stride of whole turns would stand still.
+    return Phase(stride + (group.size > 1 and stride % group.size == 0))
 
 
 def staggered(

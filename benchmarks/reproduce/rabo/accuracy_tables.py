@@ -70,7 +70,8 @@ def preface(options):
         "Seconds: of one seed and split, device blocked, compilation apart, all "
         "of them in one program on this machine, which plays all clients. kFLOP and "
         "KiB: operations and temporary memory of one local step of the largest and the "
-        "smallest client that takes part, by XLA's account of the compiled step.",
+        "smallest client that takes part, by XLA's account of the compiled step, which "
+        "counts the passes of a finite difference, branches in a loop, only once.",
         "",
         "Steps: each entry chose its own on each split from one grid per task, upper "
         f"{UPPER_STEPS}, lower (and linear) {LOWER_STEPS}, by the accuracy with one "

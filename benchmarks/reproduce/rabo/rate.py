@@ -34,7 +34,8 @@ import dbojax as dbo
 from dbojax.tasks.noise import Noisy
 
 s = dbo.submodels
-SIGMA, WIDTH, EVERY = 1.0, 1e-2, 10
+# Noise large enough for about as much as the way from the start.
+SIGMA, WIDTH, EVERY = 3.0, 1e-2, 10
 # Steps base * sqrt(C / Q) for x and RATIO times that for y and z.
 BASE, RATIO = 0.25, 4.0
 CONSTANT = 0.02  # step of x where it does not depend on C and Q
@@ -139,7 +140,8 @@ class Found(NamedTuple):
     noisy: np.ndarray  # (copies, rounds, seeds), means over all rounds
     still: np.ndarray  # (copies, rounds), the same steps without noise
     steady: np.ndarray  # (copies, seeds), constant steps, last third of the rounds
-    floor: float  # constant steps without noise, last third
+    settled: float  # those constant steps without noise
+    floor: float  # the same, for much longer
 
 
 def measure(name, kind, options):
@@ -161,7 +163,8 @@ def measure(name, kind, options):
         steady[i] = run(keys, CONSTANT, 3000)[1]
     seconds = time.perf_counter() - begin
     print(f"  {name}, {kind}: {seconds:.0f} s", flush=True)
-    return Found(unit, noisy, still, steady, floor)
+    settled = float(quiet(keys[:1], CONSTANT, 3000)[1][0])
+    return Found(unit, noisy, still, steady, settled, floor)
 
 
 def slopes(coverage, rounds, values):
@@ -177,8 +180,10 @@ def with_spread(fit, options):
     """``fit`` of all seeds, and its standard deviation over draws of the seeds."""
     rng, everyone = np.random.default_rng(0), np.arange(options.seeds)
     draws = rng.integers(options.seeds, size=(200, options.seeds))
-    middle, spread = fit(everyone), np.std([fit(d) for d in draws], 0)
-    return [f"{m:.2f} ± {d:.2f}" for m, d in zip(middle, spread, strict=True)]
+    with np.errstate(invalid="ignore"):  # of what is not positive: no power law
+        middle, spread = fit(everyone), np.std([fit(d) for d in draws], 0)
+    pairs = zip(np.atleast_1d(middle), np.atleast_1d(spread), strict=True)
+    return [f"{m:.2f} ± {d:.2f}" if np.isfinite(d) else "lost in it" for m, d in pairs]
 
 
 def summary(cells, options):
@@ -190,7 +195,7 @@ def summary(cells, options):
             return slopes(coverage, options.rounds, means)
 
         def steady(seeds, found=found, coverage=coverage):
-            rest = found.steady[:, seeds].mean(-1) - found.floor
+            rest = found.steady[:, seeds].mean(-1) - found.settled
             return np.polyfit(np.log(coverage), np.log(rest), 1)[:1]
 
         floor = 0.0 if kind == "full" else found.floor
@@ -245,7 +250,7 @@ def main():
         "--rounds", type=int, nargs="+", default=[500, 1000, 2000, 4000]
     )
     parser.add_argument("--copies", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("results/rabo"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -253,6 +258,8 @@ def main():
     cells = {
         (name, kind): measure(name, kind, options) for name in METHODS for kind in KINDS
     }
+    for (name, kind), found in cells.items():
+        np.savez(options.out / f"rate_{name}_{kind}.npz", **found._asdict())
     rows, fits = list(values(cells, options)), list(summary(cells, options))
     write_csv(options.out / "rate.csv", rows)
     write_csv(options.out / "rate_fits.csv", fits)
@@ -279,8 +286,8 @@ def main():
         f"constant steps of {CONSTANT:g} without noise, last third of 12000 rounds. "
         "The theory says -0.5 above the floor. Due to noise: what remains after the "
         "runs without noise are subtracted, -0.5 again. Constant steps: the last third "
-        f"of 3000 rounds of {CONSTANT:g} less the floor, where noise that is averaged "
-        "over the holders leaves -1.",
+        f"of 3000 rounds of {CONSTANT:g}, less the same without noise; noise that is "
+        "averaged over the holders leaves -1. Lost in it: not positive throughout.",
         "",
         *table(fits, left=2),
         "",
