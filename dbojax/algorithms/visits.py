@@ -130,7 +130,9 @@ def _own_problem(work: Work, level, kept, start: Held) -> Problem:
 
         return of_part
 
-    return Problem(*map(seen, work.problem)) if kept else work.problem
+    # With `keep` a client holds all of both variables, and trains a part of them.
+    whole = work.keep or not kept
+    return work.problem if whole else Problem(*map(seen, work.problem))
 
 
 def _moved(v, direction, step):
