@@ -332,17 +332,28 @@ def test_unlike_local_steps_are_normalised():
 
 
 def test_a_sample_is_drawn_for_each_local_step():
-    def sample(key, data):
-        del data
-        inputs = jax.random.normal(key, (4, D))
-        return dbo.Batch((inputs, inputs[:, :OUT]), (inputs, inputs[:, :OUT]))
+    # x moves by the sum of what was drawn, whatever the point.
+    flat = dbo.Problem(
+        lambda x, y, b: b * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(x)),
+        lambda x, y, b: jnp.sum(y),
+    )
 
-    own = functools.partial(method, fleet=fleet(participants=None))
-    once = run(own(sample=lambda key, data: data), rounds=1)[0]
-    close(variables(once), variables(run(own(), rounds=1)[0]))
-    fresh = run(own(sample=sample), rounds=1)[0]
-    again = run(own(sample=sample), rounds=1)[0]
-    close(variables(fresh), variables(again), 0)
+    def moved(local_steps, sample):
+        some = fleet(participants=None)
+        algorithm = method(
+            problem=flat, fleet=some, local_steps=local_steps, sample=sample
+        )
+        end = run(algorithm, rounds=1)[0].x["bias"][0]
+        return np.asarray(start()[0]["bias"][0] - end)
+
+    def drawn(key, data):
+        del data
+        return jax.random.normal(key)
+
+    np.testing.assert_allclose(
+        moved(2, lambda key, data: 1.0), 2 * moved(1, lambda key, data: 1.0)
+    )
+    assert np.abs(moved(2, drawn) - 2 * moved(1, drawn)).max() > 1e-3
 
 
 def test_server_steps_are_optax_transforms():

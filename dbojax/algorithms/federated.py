@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from dbojax import submodels, trees
 from dbojax.algorithms.compose import Step, local_step
-from dbojax.algorithms.uplinks import uplink_of
+from dbojax.algorithms.starts import (
+    check_rows,
+    check_settings,
+    checked_start,
+    mean_steps,
+    one_row,
+    row_each,
+    steps_per_level,
+)
+from dbojax.algorithms.uplinks import part_bytes, uplink_of
 from dbojax.algorithms.visits import Held, Sample, Work, check_work, visit
 from dbojax.base import (
     Algorithm,
@@ -145,13 +151,13 @@ def federated(
     """
     trees.check_type(problem, Problem, "problem", "dbo.Problem(upper=f, lower=g)")
     trees.check_type(fleet, Fleet, "fleet", "dbo.submodels.fleet(layout, capacities)")
-    counts = _local_steps(local_steps, fleet)
-    _check_settings(fleet, inner_steps, keep, extracted)
+    counts = steps_per_level(local_steps, fleet)
+    check_settings(inner_steps, keep, extracted)
     layout, link = fleet.layout, uplink_of(uplink, fleet)
     moved = ("x",) if personal else Held._fields  # what the server moves
     servers = dict(zip(Held._fields, map(local_step, server_steps), strict=True))
     project = _projection(radius)
-    steps_per_client = _mean_steps(counts, fleet)
+    steps_per_client = mean_steps(counts, fleet)
     work = Work(
         problem,
         oracle,
@@ -171,9 +177,9 @@ def federated(
     calls = _calls(oracle(problem), counts, inner_steps)
 
     def init(x, y):
-        x = _one_row(_checked("x", x, fleet))
-        y = _checked("y", y, fleet)
-        y = _row_each(y, fleet.clients) if personal else _one_row(y)
+        x = one_row(checked_start("x", x, fleet))
+        y = checked_start("y", y, fleet)
+        y = row_each(y, fleet.clients) if personal else one_row(y)
         first = _first(x)
         z, _ = jax.vmap(lambda own: oracle(problem).init(first, own))(y)
         held = Held(x, y, z)
@@ -189,7 +195,7 @@ def federated(
     def step(key, state, batch):
         trees.check_type(state, FederatedState, "state", "method.init(x, y)")
         trees.check_batch(batch, fleet.clients, "batch")
-        _check_rows(state, fleet.clients if personal else 1)
+        check_rows(state, fleet.clients if personal else 1)
         key_draw, key_local, key_up = jax.random.split(key, 3)
         server = Held(*map(_first, (state.x, state.y, state.z)))
         local = work._replace(labels=_labels(layout, server))
@@ -306,16 +312,11 @@ def _labels(layout: Layout, held: Held) -> Held:
 
 
 def _down_bytes(work, fleet, server, names) -> list[int]:
-    def cut(level, name):
-        kept = {group: jnp.zeros(k, jnp.int32) for group, k in level.kept.items()}
-        labels, whole = getattr(work.labels, name), getattr(server, name)
-        return jax.eval_shape(
-            lambda v: submodels.take(labels, work.units, v, kept), whole
-        )
-
-    return [
-        sum(trees.nbytes(cut(level, name)) for name in names) for level in fleet.levels
+    parts = [
+        part_bytes(fleet, getattr(work.labels, name), getattr(server, name))
+        for name in names
     ]
+    return list(map(sum, zip(*parts, strict=True)))
 
 
 def _traffic(fleet, up, down) -> Traffic:
@@ -343,84 +344,3 @@ def _first(tree):
 
 def _at(tree, part):
     return jax.tree.map(lambda leaf: leaf[part.clients], tree)
-
-
-def _check_rows(state, rows):
-    for name, wanted in (("x", 1), ("y", rows), ("z", rows)):
-        found = trees.num_nodes(getattr(state, name), f"state.{name}")
-        if found != wanted:
-            raise ValueError(
-                f"`state.{name}` holds {found} rows, this method keeps {wanted}: the "
-                "state is that of another one. Write `method.init(x, y)`."
-            )
-
-
-def _one_row(v):
-    if trees.num_nodes(v) == 1:
-        return v
-    return jax.tree.map(lambda leaf: leaf[None], trees.node_mean(v))
-
-
-def _row_each(v, clients):
-    return trees.replicate(_first(v), clients) if trees.num_nodes(v) == 1 else v
-
-
-def _checked(name, v, fleet):
-    """Refuse a start that does not fit the layout, or has other rows than clients."""
-    v = jax.tree.map(jnp.asarray, v)
-    trees.check_floating(v, name)
-    labels = getattr(fleet.layout, name)
-    if jax.tree.structure(labels) != jax.tree.structure(v):
-        raise ValueError(
-            f"`{name}` must have the structure for which the layout was made, "
-            f"{jax.tree.structure(labels)}; got {jax.tree.structure(v)}."
-        )
-    for label, leaf in zip(jax.tree.leaves(labels), jax.tree.leaves(v), strict=True):
-        words, sizes = label.split(), leaf.shape[1:]
-        units = [fleet.layout.units.get(word, 1) for word in words]
-        if len(words) != len(sizes) or any(map(operator.mod, sizes, units)):
-            raise ValueError(
-                f"A leaf of `{name}` has shape {leaf.shape}, which does not fit its "
-                f"label {label!r} with units {fleet.layout.units} after the axis of "
-                "rows. Make the layout of the variables that you start from."
-            )
-    found = trees.num_nodes(v, name)
-    if found not in (1, fleet.clients):
-        raise ValueError(
-            f"`{name}` holds {found} rows; a server with {fleet.clients} clients "
-            f"starts from one, `dbo.replicate(value, 1)`, or from one per client."
-        )
-    return v
-
-
-def _check_settings(fleet, inner_steps, keep, extracted):
-    if not isinstance(inner_steps, numbers.Integral) or inner_steps < 0:
-        raise ValueError(
-            f"`inner_steps` is a whole number >= 0 of steps of y alone; got "
-            f"{inner_steps!r}."
-        )
-    if keep and extracted:
-        raise ValueError(
-            "`keep` leaves untrained entries at the server's values, so a client holds "
-            "the whole model: write extracted=False."
-        )
-
-
-def _local_steps(local_steps, fleet) -> list[int]:
-    """One number per level."""
-    levels = len(fleet.levels)
-    many = isinstance(local_steps, Sequence | np.ndarray)
-    counts = list(local_steps) if many else [local_steps] * levels
-    good = all(isinstance(k, int | np.integer) and k >= 1 for k in counts)
-    if len(counts) != levels or not good:
-        raise ValueError(
-            f"`local_steps` is a whole number >= 1, or one for each of {levels} levels "
-            f"of capacity, the largest first; got {local_steps!r}."
-        )
-    return [int(k) for k in counts]
-
-
-def _mean_steps(counts, fleet) -> float:
-    sizes = [level.participants for level in fleet.levels]
-    total = sum(k * size for k, size in zip(counts, sizes, strict=True))
-    return total / sum(sizes)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dbojax import submodels, trees
-from dbojax.algorithms.uplinks import summed
+from dbojax import submodels
+from dbojax.algorithms.uplinks import part_bytes, summed
 from dbojax.base import Problem, Traffic, Tree, by_level
 from dbojax.submodels import Drawn, Fleet
 
@@ -157,36 +157,13 @@ def _answers(here, question, xs, ys) -> list[Tree]:
     ]
 
 
-def part_bytes(fleet: Fleet, x: Tree, y: Tree) -> list[tuple[int, int, int]]:
-    """Per level: how many clients take part, and the bytes of their parts of x and y.
-
-    From shapes alone.
-    """
-    layout = fleet.layout
-
-    def of(level, labels, tree):
-        kept = {
-            name: jax.ShapeDtypeStruct((k,), jnp.int32)
-            for name, k in level.kept.items()
-        }
-        part = jax.eval_shape(
-            lambda tree, kept: submodels.take(labels, layout.units, tree, kept),
-            tree,
-            kept,
-        )
-        return trees.nbytes(part)
-
-    return [
-        (level.participants, of(level, layout.x, x), of(level, layout.y, y))
-        for level in fleet.levels
-    ]
-
-
 def trips(fleet: Fleet, x: Tree, y: Tree, down, up) -> Traffic:
     """Bytes of ``(of x, of y)`` variables sent down and up, without rounds."""
+    counts = [level.participants for level in fleet.levels]
+    parts = part_bytes(fleet, fleet.layout.x, x), part_bytes(fleet, fleet.layout.y, y)
     sizes = [
         (count, down[0] * a + down[1] * b, up[0] * a + up[1] * b)
-        for count, a, b in part_bytes(fleet, x, y)
+        for count, a, b in zip(counts, *parts, strict=True)
     ]
     total = sum(count * (below + above) for count, below, above in sizes)
     most_down, most_up = (max(size[k] for size in sizes) for k in (1, 2))

@@ -108,3 +108,19 @@ def summed(labels, units, drawn: tuple[Drawn, ...], moves, total: Tree) -> Tree:
     for part, move in zip(drawn, moves, strict=True):
         total, _ = jax.lax.scan(add, total, (part.kept, move))
     return total
+
+
+def part_bytes(fleet: Fleet, labels: Tree, whole: Tree) -> list[int]:
+    """Bytes of what a client of each level holds of a variable, from shapes alone."""
+
+    def cut(kept, whole):
+        return submodels.take(labels, fleet.layout.units, whole, kept)
+
+    def of(level):
+        kept = {
+            name: jax.ShapeDtypeStruct((k,), jnp.int32)
+            for name, k in level.kept.items()
+        }
+        return trees.nbytes(jax.eval_shape(cut, kept, whole))
+
+    return list(map(of, fleet.levels))
