@@ -67,7 +67,8 @@ def projected(strategy: Strategy, project: Callable[[Tree], Tree]) -> Strategy:
 
     Examples:
         >>> mean = dbo.channels.exact(dbo.mixing.averaging(2))
-        >>> move = projected(allreduce(mean, optax.sgd(1.0)), ball(1.0))
+        >>> plain = dbo.strategies.allreduce(mean, optax.sgd(1.0))
+        >>> move = projected(plain, ball(1.0))
         >>> v = jnp.zeros((2, 2))
         >>> moved, _, _ = move.update(jax.random.key(0), v, v - 3.0, move.init(v))
         >>> bool(jnp.allclose(jnp.linalg.norm(moved, axis=1), 1.0))
