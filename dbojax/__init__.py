@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from dbojax import algorithms as algorithms
 from dbojax import base as base
 from dbojax import channels as channels
+from dbojax import comparison as comparison
 from dbojax import compressors as compressors
 from dbojax import hypergradients as hypergradients
 from dbojax import mixing as mixing

@@ -23,6 +23,7 @@ LABELS = {
     "consensus_x": "consensus error of x",
     "consensus_y": "consensus error of y",
     "consensus_z": "consensus error of z",
+    "test_accuracy": "test accuracy",
 }
 
 # Okabe and Ito (2008): told apart with any colour vision; black comes last.
@@ -91,14 +92,69 @@ def curves(
     return ax
 
 
+def panels(
+    histories: Mapping[str, Columns | Sequence[Columns]],
+    xs: Sequence[str] = ("message_bytes", "seconds", "step"),
+    y: str = "test_accuracy",
+    *,
+    target: float | None = None,
+    logx: bool = True,
+    limits: tuple[float, float] | None = None,
+) -> list[Any]:
+    """Draw one column over several others, side by side: bytes, seconds, steps.
+
+    Args:
+        histories: by label, as for :func:`curves`.
+        xs: the columns to go right, one panel each.
+        y: the column to go up.
+        target: where to draw a level line.
+        logx: whether the x axes are logarithmic.
+        limits: of the common y axis.
+
+    Returns:
+        The axes, from left to right.
+
+    Raises:
+        ValueError: if there is no panel, a history lacks a column, or there is nothing
+            to draw.
+        ImportError: if matplotlib is absent.
+
+    Examples:
+        >>> history = {name: np.array([1.0, 2.0]) for name in ("step", "seconds", "a")}
+        >>> axes = panels({"ours": history}, xs=("step", "seconds"), y="a", target=1.5)
+        >>> [ax.get_xlabel() for ax in axes], len(axes[0].lines)
+        (['step', 'time (s)'], 2)
+        >>> import matplotlib.pyplot as plt
+        >>> plt.close(axes[0].figure)
+    """
+    if not xs:
+        raise ValueError("`panels` needs a column to go right, got none.")
+    size = (4.2 * len(xs), 4.0)
+    _, axes = _subplots(1, len(xs), figsize=size, sharey=True, squeeze=False)
+    for ax, x in zip(axes[0], xs, strict=True):
+        curves(histories, x, y, ax=ax, logx=logx, logy=False)
+        if target is not None:
+            ax.axhline(target, color="0.5", linestyle=":", linewidth=1)
+        if limits is not None:
+            ax.set_ylim(*limits)
+        if ax is not axes[0, 0]:
+            ax.set_ylabel("")
+            ax.get_legend().remove()
+    return list(axes[0])
+
+
 def _axes():
+    return _subplots()[1]
+
+
+def _subplots(*shape, **more):
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError(
             "`curves` needs matplotlib: pip install dbojax[plots]"
         ) from error
-    return plt.subplots(layout="constrained")[1]
+    return plt.subplots(*shape, layout="constrained", **more)
 
 
 def _groups(histories) -> dict[str, list[Columns]]:

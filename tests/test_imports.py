@@ -13,9 +13,14 @@ PACKAGE = Path(dbojax.__file__).parent
 EXTRAS = {"sklearn", "flax", "matplotlib", "tqdm", "networkx", "orbax"}
 # The command line composes, as users do; so it may import anything.
 EDGES = {"dbojax", "dbojax.cli", "dbojax.__main__"}
+# A driver above the parts, which composes as users do.
+DRIVERS = "dbojax.comparison"
 # Algorithms and optimisers compose parts, and know neither data nor drivers.
 COMPOSERS = {"dbojax.algorithms", "dbojax.optim"}
-NOT_PARTS = {"dbojax.tasks", "dbojax.runner", "dbojax.plots", "dbojax.cli"}
+NOT_PARTS = {
+    *("dbojax.tasks", "dbojax.runner", "dbojax.plots", "dbojax.cli"),
+    DRIVERS,
+}
 
 
 def module_name(path):
@@ -69,7 +74,9 @@ def may_import(module, other):
     return other in {"dbojax.base", "dbojax.trees"}
 
 
-@pytest.mark.parametrize("module", sorted(set(PATHS) - EDGES))
+@pytest.mark.parametrize(
+    "module", sorted(m for m in set(PATHS) - EDGES if folder(m) != DRIVERS)
+)
 def test_modules_meet_in_base_and_trees_only(module):
     ours = {name for name in imported(ast.walk(tree_of(module))) if name in PATHS}
     forbidden = {other for other in ours if not may_import(module, other)}

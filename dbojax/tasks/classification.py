@@ -54,13 +54,18 @@ def _task(logits: Callable, lower: Callable, x0, y0, shards, recovery=None) -> T
     def upper(x, y, batch):
         return cross_entropy(logits(x, y, batch.inputs), batch)
 
-    def measure(x, y):
-        validation = jax.vmap(upper, (None, None, 0))(x, y, shards.validation)
-        found = {
+    batch = Batch(upper=shards.validation, lower=shards.train)
+
+    def judge(x, y, batch, held):
+        validation = jax.vmap(upper, (None, None, 0))(x, y, batch.upper)
+        return {
             "validation_loss": jnp.mean(validation),
-            "test_loss": upper(x, y, shards.test),
-            "test_accuracy": accuracy(logits(x, y, shards.test.inputs), shards.test),
+            "test_loss": upper(x, y, held),
+            "test_accuracy": accuracy(logits(x, y, held.inputs), held),
         }
+
+    def measure(x, y):
+        found = judge(x, y, batch, shards.test)
         return found if recovery is None else {**found, "recovery": recovery(x)}
 
     def sampler(batch_size):
@@ -73,10 +78,12 @@ def _task(logits: Callable, lower: Callable, x0, y0, shards, recovery=None) -> T
         Problem(upper, lower),
         x0,
         y0,
-        batch=Batch(upper=shards.validation, lower=shards.train),
+        batch=batch,
         sampler=sampler,
         evaluate=at_mean(measure),
         n=shards.train.mask.shape[0],
+        judge=judge,
+        held=shards.test,
     )
 
 

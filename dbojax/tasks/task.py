@@ -37,6 +37,10 @@ class Task(NamedTuple):
     evaluate: Callable[[Any], dict[str, jax.Array]]  # needs stacked `.x` and `.y`
     n: int  # number of nodes
     exact: ClosedForm | None = None
+    # (x, y, batch, held) -> scores of one value of each variable, for programs that
+    # hold many tasks at once; `evaluate` closes over its data.
+    judge: Callable[[Tree, Tree, Batch, Tree], dict[str, jax.Array]] | None = None
+    held: Tree = None  # what no node trains on
 
 
 def at_mean(measure: Callable[[Tree, Tree], dict]) -> Callable[[Any], dict]:

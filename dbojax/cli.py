@@ -1,0 +1,220 @@
+"""The command line: ``dbojax compare``. Names become values here and nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import dbojax as dbo
+from dbojax import comparison, topology
+from dbojax.comparison import tables
+from dbojax.comparison.drive import Plan
+
+# Number of nodes -> mixing matrix.
+GRAPHS: dict[str, Callable[[int], np.ndarray]] = {
+    "ring": lambda n: topology.metropolis(topology.ring(n)),
+    "two_hop": lambda n: topology.metropolis(topology.ring(n, hops=2)),
+    "erdos_renyi": lambda n: topology.metropolis(topology.erdos_renyi(n, 0.4, seed=0)),
+    "star": lambda n: topology.metropolis(topology.star(n)),
+    "complete": lambda n: topology.metropolis(topology.complete(n)),
+}
+NODES = 10
+SHORT: dict[str, Any] = {
+    "graphs": ["ring", "erdos_renyi"],
+    "h": [0.8],
+    "seeds": 2,
+    "steps": 40,
+    "methods": ["c2dfb", "c2dfb-qsgd4", "ma-dsbo"],
+    "task": ["coefficient_tuning"],
+}
+USUAL: dict[str, Any] = {
+    "graphs": ["ring", "two_hop", "erdos_renyi"],
+    "h": [0.0, 0.8],
+    "seeds": 5,
+    "steps": 120,
+    "methods": None,
+    "task": None,
+}
+
+
+def chosen(names: Sequence[str], known: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Values by name, in the order asked for.
+
+    Raises:
+        ValueError: if a name is unknown or comes twice; it lists those that are known.
+
+    Examples:
+        >>> chosen(["b"], {"a": 1, "b": 2}, "letter")
+        {'b': 2}
+    """
+    unknown = [name for name in names if name not in known]
+    if unknown or len(set(names)) < len(names):
+        raise ValueError(
+            f"No {what} is named {', '.join(map(repr, unknown))}; write some of "
+            f"{', '.join(known)}."
+            if unknown
+            else f"Name each {what} once, got {', '.join(names)}."
+        )
+    return {name: known[name] for name in names}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of every command."""
+    top = argparse.ArgumentParser(prog="dbojax", description=dbo.__doc__)
+    top.add_argument("--version", action="version", version=dbo.__version__)
+    commands = top.add_subparsers(dest="command", required=True)
+    add = commands.add_parser(
+        "compare", help="methods, graphs and data at equal tuning effort"
+    ).add_argument
+    add("--task", nargs="+", metavar="NAME", help=", ".join(comparison.studies()))
+    add("--methods", nargs="+", metavar="NAME", help=", ".join(comparison.roster()))
+    add("--graphs", nargs="+", metavar="NAME", help=", ".join(GRAPHS))
+    add("--h", nargs="+", type=float, help="heterogeneities in [0, 1]")
+    add("--seeds", type=int, help="number of seeds in the table")
+    add("--tuning-seeds", type=int, default=2, help="further seeds, for tuning alone")
+    add("--steps", type=int, help="of a method with ten inner rounds per step")
+    add("--every", type=int, default=2, help="steps from evaluation to evaluation")
+    add("--rounds", type=int, default=2, help="rounds of tuning, 9 settings each")
+    add("--key", type=int, default=0, help="seed of all randomness but the data's")
+    add("--short", action="store_true", help="a small comparison in about two minutes")
+    add("--out", type=Path, default=Path("results/compare"), help="folder to write to")
+    add("--no-plots", action="store_true", help="write tables alone")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status.
+
+    Args:
+        arguments: of the command line; None takes this process's.
+    """
+    options = parser().parse_args(arguments)
+    try:
+        compare(options)
+    except ValueError as error:
+        print(f"dbojax compare: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def compare(options: argparse.Namespace) -> list[comparison.Cell]:
+    """Run all that the options name, and write tables, CSV files and pictures."""
+    for name, usual in (SHORT if options.short else USUAL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
+    studies, plan = _planned(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    cells: list[comparison.Cell] = []
+    tuned, clock = [], []
+    for who, outcome, seconds in _outcomes(studies, plan, options):
+        print(f"{who['task']}, {who['method']}: {seconds:.0f} s", flush=True)
+        clock.append({**who, "seconds": f"{seconds:.0f}"})
+        for h, record in zip(plan.hs, outcome.tuned, strict=True):
+            tuned += [{**who, "h": h, **row} for row in tables.tried(record)]
+        cells += outcome.cells
+        # Written anew each time, so that what is done survives an interruption.
+        comparison.to_csv(cells, options.out / "cells.csv")
+        _write_csv(options.out / "tuning.csv", tuned)
+    lines = [*_head(plan), "", *tables.report(cells), ""]
+    lines += ["## Wall clock", "", "Tuning and table of all runs of a method.", ""]
+    lines += tables.markdown(clock)
+    (options.out / "compare.md").write_text("\n".join(lines) + "\n", "utf-8")
+    if not options.no_plots:
+        _pictures(cells, options.out)
+    print("\n".join(lines) + f"\n\nAll of it is in {options.out}/.")
+    return cells
+
+
+def _outcomes(studies, plan, options):
+    """(task and method, outcome, seconds) of all that the options name."""
+    key, begin = jax.random.key(options.key), time.perf_counter()
+    for study in studies.values():
+        roster = comparison.roster(study.scales)
+        roster = chosen(options.methods or [*roster], roster, "method")
+        for name, outcome in comparison.outcomes(study, roster, plan, key):
+            seconds = time.perf_counter() - begin
+            yield {"task": study.name, "method": name}, outcome, seconds
+            begin = time.perf_counter()
+
+
+def _planned(options):
+    """Studies and plan, all names and numbers checked before anything runs."""
+    known = comparison.studies()
+    studies = chosen(options.task or [*known], known, "task")
+    if options.methods:
+        chosen(options.methods, comparison.roster(), "method")
+    graphs = chosen(options.graphs, GRAPHS, "graph")
+    for name in ("seeds", "tuning_seeds", "steps", "every", "rounds"):
+        if (value := getattr(options, name)) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be at least 1, got {value}.")
+    if options.steps % options.every:
+        raise ValueError(
+            f"--steps must be a multiple of --every, got {options.steps} and "
+            f"{options.every}."
+        )
+    plan = Plan(
+        {name: make(NODES) for name, make in graphs.items()},
+        hs=tuple(options.h),
+        seeds=tuple(range(options.seeds)),
+        tuning_seeds=tuple(range(1000, 1000 + options.tuning_seeds)),
+        steps=options.steps,
+        every=options.every,
+        grid=comparison.Grid(rounds=options.rounds),
+    )
+    return studies, plan
+
+
+def _head(plan: Plan) -> list[str]:
+    device = jax.devices()[0].device_kind
+    first = next(iter(plan.graphs))
+    gaps = (
+        f"{name} (gap {topology.spectral_gap(w):.2f}, {comparison.links(w)} links)"
+        for name, w in plan.graphs.items()
+    )
+    return [
+        "# Who needs least?",
+        "",
+        f"dbojax {dbo.__version__}, jax {jax.__version__}, optax {optax.__version__}, "
+        f"Python {platform.python_version()}; {device} ({os.cpu_count()} cores)",
+        "",
+        f"{NODES} nodes, scikit-learn's digits, full batches; graphs: "
+        f"{', '.join(gaps)}; h = {', '.join(f'{h:g}' for h in plan.hs)}; "
+        f"{len(plan.seeds)} seeds; {plan.steps} steps of a method with ten inner "
+        f"rounds, {plan.steps} times its pace of a method without. Every method tries "
+        f"{plan.grid.runs} pairs of steps around a centre, on {len(plan.tuning_seeds)} "
+        f"seeds of their own, with as many steps as in the table, apart for each task "
+        f"and h, on the graph {first!r} alone; the least mean validation loss at the "
+        f"end is chosen. All graphs use those steps.",
+    ]
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _pictures(cells: Sequence[comparison.Cell], folder: Path) -> None:
+    """One picture for each task, graph and h."""
+    import matplotlib.pyplot as plt
+
+    goals = comparison.targets(cells)
+    for task, graph, h in goals:
+        histories = comparison.select(cells, task, graph, h)
+        axes = dbo.plots.panels(histories, target=goals[task, graph, h], limits=(0, 1))
+        axes[0].figure.suptitle(f"{task}, {graph}, h = {h:g}")
+        axes[0].figure.savefig(folder / f"{task}_{graph}_h{h:g}.png", dpi=120)
+        plt.close(axes[0].figure)

@@ -1,0 +1,31 @@
+"""Who needs least: methods, graphs and data compared at equal tuning effort."""
+
+from dbojax.comparison.cells import Cell as Cell
+from dbojax.comparison.cells import Reached as Reached
+from dbojax.comparison.cells import final as final
+from dbojax.comparison.cells import reached as reached
+from dbojax.comparison.cells import read_csv as read_csv
+from dbojax.comparison.cells import select as select
+from dbojax.comparison.cells import targets as targets
+from dbojax.comparison.cells import to_csv as to_csv
+from dbojax.comparison.drive import Outcome as Outcome
+from dbojax.comparison.drive import Plan as Plan
+from dbojax.comparison.drive import links as links
+from dbojax.comparison.drive import outcomes as outcomes
+from dbojax.comparison.programs import Trajectories as Trajectories
+from dbojax.comparison.programs import seconds_per_step as seconds_per_step
+from dbojax.comparison.programs import trajectories as trajectories
+from dbojax.comparison.roster import Entry as Entry
+from dbojax.comparison.roster import roster as roster
+from dbojax.comparison.studies import Cases as Cases
+from dbojax.comparison.studies import Scales as Scales
+from dbojax.comparison.studies import Study as Study
+from dbojax.comparison.studies import digits as digits
+from dbojax.comparison.studies import stacked as stacked
+from dbojax.comparison.studies import studies as studies
+from dbojax.comparison.tables import report as report
+from dbojax.comparison.tables import summary as summary
+from dbojax.comparison.tables import table as table
+from dbojax.comparison.tuning import Grid as Grid
+from dbojax.comparison.tuning import Tuned as Tuned
+from dbojax.comparison.tuning import tune as tune
