@@ -180,6 +180,7 @@ class Mix(NamedTuple):
     # Whether `apply` may act on what the nodes hold, not only on what they send.
     local: bool = True
     averages: bool = False  # whether `apply` gives every node the mean
+    symmetric: bool = True  # whether W is known to be, or is traced
 
 
 class Channel(NamedTuple):

@@ -25,25 +25,16 @@ def _assert_point(state, expected):
     assert np.abs(expected[0]).max() > 1e-3
 
 
-def _rules():
-    names = {
-        "diffusion_cta": "diffusion_cta",
-        "diffusion_atc": "diffusion_atc",
-        "gradient_tracking": "tracking",
-        "gradient_tracking_semi_atc": "tracking_semi_atc",
-        "gradient_tracking_atc": "tracking_atc",
-        "extra": "extra",
-        "exact_diffusion": "exact_diffusion",
-        "nids": "nids",
-    }
-    return {
-        ours: (getattr(dbo.strategies, ours), getattr(twins, theirs))
-        for ours, theirs in names.items()
-        if hasattr(dbo.strategies, ours)
-    }
-
-
-RULES = _rules()
+RULES = {
+    "diffusion_cta": (dbo.strategies.diffusion_cta, twins.diffusion_cta),
+    "diffusion_atc": (dbo.strategies.diffusion_atc, twins.diffusion_atc),
+    "tracking": (dbo.strategies.gradient_tracking, twins.tracking),
+    "semi_atc": (dbo.strategies.gradient_tracking_semi_atc, twins.tracking_semi_atc),
+    "tracking_atc": (dbo.strategies.gradient_tracking_atc, twins.tracking_atc),
+    "extra": (dbo.strategies.extra, twins.extra),
+    "exact_diffusion": (dbo.strategies.exact_diffusion, twins.exact_diffusion),
+    "nids": (dbo.strategies.nids, twins.nids),
+}
 
 
 @pytest.mark.parametrize("above", RULES)
