@@ -42,7 +42,7 @@ USUAL: dict[str, Any] = {
     "graphs": ["ring", "two_hop", "erdos_renyi"],
     "h": [0.0, 0.8],
     "seeds": 5,
-    "steps": 120,
+    "steps": 100,
     "methods": None,
     "task": None,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from dbojax.comparison.programs import Trajectories, seconds_per_step, trajector
 from dbojax.comparison.roster import Entry
 from dbojax.comparison.studies import Study, stacked
 from dbojax.comparison.tuning import Grid, Tuned, keys_of, tune
+from dbojax.mixing import mixer
 from dbojax.runner import History
 from dbojax.tasks.task import Task
 
@@ -25,7 +27,7 @@ class Plan(NamedTuple):
     hs: tuple[float, ...] = (0.0, 0.8)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (100, 101)
-    steps: int = 120  # of a method of pace 1, in tuning as in the table
+    steps: int = 100  # of a method of pace 1, in tuning as in the table
     every: int = 2
     grid: Grid = Grid()
 
@@ -59,6 +61,9 @@ def outcomes(
     tuning = _dealt(study, plan.hs, plan.tuning_seeds)
     table = _dealt(study, plan.hs, plan.seeds)
     first = next(iter(plan.graphs.values()))
+    for entry, w in itertools.product(roster.values(), plan.graphs.values()):
+        # Says so before any run where a method does not work over a graph.
+        entry.make(mixer(w), table[0].problem, entry.centre)
     for name, entry in roster.items():
         chosen = _tuned(entry, plan, key, tuning)
         found = _all_runs(entry, plan, key, table, chosen)

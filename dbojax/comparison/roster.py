@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-from dbojax import algorithms, channels, compressors
+from dbojax import algorithms, channels, compressors, strategies
 from dbojax.base import Algorithm, Channel, Compressor, Mix, Problem
 from dbojax.comparison.studies import Scales
 
@@ -72,8 +72,45 @@ def _ma_dsbo(mix, problem, steps):
     )
 
 
+def _local_inverse(method: Callable, wires: tuple[str, ...], smoothness: float):
+    """MDBO and its kin: each node inverts its own Hessian by ten terms of a series."""
+
+    def make(mix, problem, steps):
+        return method(
+            problem,
+            channel=channels.exact(mix, gamma=0.1),
+            **{name: channels.exact(mix) for name in wires},
+            upper_step=steps[0],
+            lower_step=steps[1],
+            smoothness=smoothness,
+            terms=10,
+        )
+
+    return make
+
+
+def _single_loop(upper: Callable, lower: Callable, wire: Callable[[Mix], Channel]):
+    """D-SOBA and SPARKLE: x moves by one strategy, y and z by another, all at once."""
+
+    def make(mix, problem, steps):
+        return algorithms.sparkle(
+            problem,
+            upper=upper,
+            lower=lower,
+            upper_channel=channels.exact(mix),
+            lower_channel=wire(mix),
+            upper_step=steps[0],
+            lower_step=steps[1],
+        )
+
+    return make
+
+
 def roster(scales: Scales = _ANY) -> dict[str, Entry]:
     """Everybody who takes part, by a short name; extend or cut it like any dictionary.
+
+    Methods with ten inner rounds per step have pace 1, single loops pace 10, and those
+    that take eleven products per step pace 4, so that all compute about as much.
 
     Args:
         scales: of the task; the centres of the grids of step sizes.
@@ -84,10 +121,20 @@ def roster(scales: Scales = _ANY) -> dict[str, Entry]:
         ('C²DFB, top 20 %', True)
     """
     top, qsgd = compressors.top_k, compressors.scaled(compressors.qsgd(7))
-    near, here = functools.partial, (scales.upper, scales.lower)
+    near, here, s, a = functools.partial, scales[:2], strategies, algorithms
+    track, diffuse = s.gradient_tracking, s.diffusion_atc
+    slow = near(s.exact_diffusion, dual_gain=0.1)  # than the copies catch up
 
     def first_order(message, inner, method="C²DFB", dense=False):
         return Entry(method, message, _c2dfb(inner), here, dense)
+
+    def local_inverse(method, make, *wires):
+        made = _local_inverse(make, wires, scales.smoothness)
+        return Entry(method, "dense", made, here, pace=4)
+
+    def single(method, upper, lower, message="dense", wire=channels.exact):
+        made = _single_loop(upper, lower, wire)
+        return Entry(method, message, made, here, message == "dense", pace=10)
 
     return {
         "c2dfb": first_order("dense", _dense, dense=True),
@@ -98,4 +145,16 @@ def roster(scales: Scales = _ANY) -> dict[str, Entry]:
             "top 20 %", near(_feedback, top(0.2), 0.3), method="C²DFB(nc)"
         ),
         "ma-dsbo": Entry("MA-DSBO", "dense", _ma_dsbo, here),
+        "mdbo": local_inverse("MDBO", a.mdbo, "tracker_channel"),
+        "dsbo": local_inverse("DSBO", a.dsbo),
+        "gdsbo": local_inverse("GDSBO", a.gdsbo, "estimator_channel"),
+        "d-soba": single("D-SOBA", diffuse, diffuse),
+        "sparkle-gt": single("SPARKLE-GT", track, track),
+        "sparkle-extra": single("SPARKLE-EXTRA", s.extra, s.extra),
+        "sparkle-ed": single("SPARKLE-ED", s.exact_diffusion, s.exact_diffusion),
+        "sparkle-ed-gt": single("SPARKLE-ED-GT", track, s.exact_diffusion),
+        "sparkle-ed-qsgd4": single(
+            *("SPARKLE-ED", s.exact_diffusion, slow, "QSGD 4 bit"),
+            near(_reference, qsgd, 0.3),
+        ),
     }

@@ -26,7 +26,7 @@ class Scales(NamedTuple):
 
     upper: float = 1.0  # a step of x
     lower: float = 0.1  # a step of y
-    smoothness: float = 10.0  # at least that of g in y, for truncated series
+    smoothness: float = 10.0  # of each node's g in y, about, for truncated series
 
 
 class Study(NamedTuple):
@@ -148,18 +148,18 @@ def studies() -> dict[str, Study]:
         Study(
             "coefficient_tuning",
             digits(coefficient_tuning),
-            Scales(upper=100.0, lower=0.5, smoothness=4.0),
+            Scales(upper=100.0, lower=0.5, smoothness=3.0),
         ),
         Study(
             "hyper_representation",
             _seeded(hyper_representation, backbone=mlp((32, 16))),
-            Scales(upper=0.1, lower=0.5, smoothness=4.0),
+            Scales(upper=0.1, lower=1.0, smoothness=1.0),
         ),
         Study(
             "hyper_cleaning",
             # A ridge of 0.2 would hide the labels, whose inputs are in [0, 1].
             _seeded(hyper_cleaning, ridge=0.02),
-            Scales(upper=300.0, lower=0.5, smoothness=4.0),
+            Scales(upper=300.0, lower=1.0, smoothness=1.5),
         ),
     )
     return {study.name: study for study in found}
