@@ -18,7 +18,7 @@ class Grid(NamedTuple):
     """
 
     upper: tuple[float, ...] = (0.1, 1.0, 10.0)
-    lower: tuple[float, ...] = (0.25, 1.0, 4.0)
+    lower: tuple[float, ...] = (0.2, 1.0, 5.0)
     rounds: int = 2
 
     @property
