@@ -1,5 +1,6 @@
 """Who needs least: methods, graphs and data compared at equal tuning effort."""
 
+from dbojax.comparison import tables as tables
 from dbojax.comparison.cells import Cell as Cell
 from dbojax.comparison.cells import Reached as Reached
 from dbojax.comparison.cells import final as final

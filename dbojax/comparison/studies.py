@@ -159,7 +159,7 @@ def studies() -> dict[str, Study]:
             "hyper_cleaning",
             # A ridge of 0.2 would hide the labels, whose inputs are in [0, 1].
             _seeded(hyper_cleaning, ridge=0.02),
-            Scales(upper=300.0, lower=1.0, smoothness=1.5),
+            Scales(upper=10000.0, lower=1.0, smoothness=1.5),
         ),
     )
     return {study.name: study for study in found}
