@@ -195,8 +195,9 @@ def _head(plan: Plan) -> list[str]:
         f"rounds, {plan.steps} times its pace of a method without. Every method tries "
         f"{plan.grid.runs} pairs of steps around a centre, on {len(plan.tuning_seeds)} "
         f"seeds of their own, with as many steps as in the table, apart for each task "
-        f"and h, on the graph {first!r} alone; the least mean validation loss at the "
-        f"end is chosen. All graphs use those steps.",
+        f"and h, on the graph {first!r} alone; the least validation loss, mean "
+        f"over the run and the seeds, is chosen, or within {plan.grid.slack:.0%} of it "
+        "the smallest upper, then lower step. All graphs use those steps.",
     ]
 
 
