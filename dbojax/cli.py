@@ -89,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     add("--key", type=int, default=0, help="seed of all randomness but the data's")
     add("--short", action="store_true", help="a small comparison in about two minutes")
     add("--out", type=Path, default=Path("results/compare"), help="folder to write to")
+    add("--resume", action="store_true", help="keep what the folder holds, add to it")
     add("--no-plots", action="store_true", help="write tables alone")
     return top
 
@@ -115,9 +116,9 @@ def compare(options: argparse.Namespace) -> list[comparison.Cell]:
             setattr(options, name, usual)
     studies, plan = _planned(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    cells: list[comparison.Cell] = []
-    tuned, clock = [], []
-    for who, outcome, seconds in _outcomes(studies, plan, options):
+    cells, tuned, clock = _before(options, plan)
+    done = {(cell.task, cell.label) for cell in cells}
+    for who, outcome, seconds in _outcomes(studies, plan, options, done):
         print(f"{who['task']}, {who['method']}: {seconds:.0f} s", flush=True)
         clock.append({**who, "seconds": f"{seconds:.0f}"})
         for h, record in zip(plan.hs, outcome.tuned, strict=True):
@@ -126,6 +127,7 @@ def compare(options: argparse.Namespace) -> list[comparison.Cell]:
         # Written anew each time, so that what is done survives an interruption.
         comparison.to_csv(cells, options.out / "cells.csv")
         _write_csv(options.out / "tuning.csv", tuned)
+        _write_csv(options.out / "clock.csv", clock)
     lines = [*_head(plan), "", *tables.report(cells), ""]
     lines += ["## Wall clock", "", "Tuning and table of all runs of a method.", ""]
     lines += tables.markdown(clock)
@@ -136,13 +138,35 @@ def compare(options: argparse.Namespace) -> list[comparison.Cell]:
     return cells
 
 
-def _outcomes(studies, plan, options):
+def _before(options, plan: Plan):
+    """Cells, tuning and clock of an earlier command with the same plan."""
+    path = options.out / "cells.csv"
+    if not (options.resume and path.exists()):
+        return [], [], []
+    cells = comparison.read_csv(path)
+    for cell in cells:
+        same = (
+            cell.seeds == plan.seeds,
+            cell.graph in plan.graphs,
+            cell.h in plan.hs,
+            len(cell.history["step"]) == plan.steps // plan.every,
+        )
+        if not all(same):
+            raise ValueError(
+                f"{path} holds runs of another plan, e.g. {cell.place} with seeds "
+                f"{cell.seeds}. Repeat its options, or choose another --out."
+            )
+    return cells, *(_read_csv(options.out / f"{n}.csv") for n in ("tuning", "clock"))
+
+
+def _outcomes(studies, plan, options, done):
     """(task and method, outcome, seconds) of all that the options name."""
     key, begin = jax.random.key(options.key), time.perf_counter()
     for study in studies.values():
         roster = comparison.roster(study.scales)
         roster = chosen(options.methods or [*roster], roster, "method")
-        for name, outcome in comparison.outcomes(study, roster, plan, key):
+        left = {k: e for k, e in roster.items() if (study.name, e.label) not in done}
+        for name, outcome in comparison.outcomes(study, left, plan, key):
             seconds = time.perf_counter() - begin
             yield {"task": study.name, "method": name}, outcome, seconds
             begin = time.perf_counter()
@@ -199,6 +223,11 @@ def _head(plan: Plan) -> list[str]:
         f"over the run and the seeds, is chosen, or within {plan.grid.slack:.0%} of it "
         "the smallest upper, then lower step. All graphs use those steps.",
     ]
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -343,7 +343,8 @@ def test_the_command_writes_tables_files_and_pictures(tmp_path, capsys, monkeypa
     more = f"--steps 2 --rounds 1 --out {tmp_path}"
     assert cli.main(["compare", *options.split(), *more.split()]) == 0
     found = {path.name for path in tmp_path.iterdir()}
-    assert found == {"cells.csv", "tuning.csv", "compare.md", "blobs_star_h0.5.png"}
+    files = {"cells.csv", "tuning.csv", "clock.csv", "compare.md"}
+    assert found == files | {"blobs_star_h0.5.png"}
     text = (tmp_path / "compare.md").read_text("utf-8")
     assert "### star, h = 0.5: target" in text
     assert "D-SOBA, dense" in text
@@ -354,6 +355,14 @@ def test_the_command_writes_tables_files_and_pictures(tmp_path, capsys, monkeypa
         rows = list(csv.DictReader(file))
     assert len(rows) == 9
     assert sum(int(row["chosen"]) for row in rows) == 1
+
+    # What is done is not done again, and another plan is not mixed in.
+    monkeypatch.setattr(comparison.drive, "seconds_per_step", None)
+    again = ["compare", *options.split(), *more.split(), "--resume"]
+    assert cli.main(again) == 0
+    assert (tmp_path / "compare.md").read_text("utf-8") == text
+    assert cli.main([*again, "--seeds", "2"]) == 2
+    assert "another plan" in capsys.readouterr().err
 
 
 UNKNOWN = {

@@ -93,6 +93,14 @@ def targets(
         cells: of a comparison.
         share: in (0, 1].
         column: the score to reach.
+
+    Examples:
+        >>> history = History({"test_accuracy": np.array([[0.4, 0.6]]),
+        ...                    "validation_loss": np.ones((1, 2))})
+        >>> cell = Cell("t", "m", "dense", True, "ring", 0.0, (0, 1), (1, 1), (0, 0),
+        ...             history)
+        >>> targets([cell, cell._replace(dense=False)], share=0.5)
+        {('t', 'ring', 0.0): 0.25}
     """
     best: dict[tuple[str, str, float], float] = {}
     for cell in cells:

@@ -58,6 +58,8 @@ def outcomes(
         ValueError: if the plan is impossible.
     """
     _check(plan)
+    if not roster:
+        return
     tuning = _dealt(study, plan.hs, plan.tuning_seeds)
     table = _dealt(study, plan.hs, plan.seeds)
     first = next(iter(plan.graphs.values()))

@@ -46,6 +46,25 @@ def trajectories(
 
     Raises:
         ValueError: if ``steps`` is not a positive multiple of ``every``.
+
+    Examples:
+        Two graphs in one program; the nodes agree better where all hear all:
+
+        >>> topology, c = dbo.topology, dbo.comparison
+        >>> task = dbo.tasks.quadratic(n=4, dx=2, dy=3)
+        >>> def judge(x, y, batch, held):
+        ...     return {"size": jnp.sum(x**2)}
+        >>> task = task._replace(judge=judge, held=())
+        >>> run = trajectories(
+        ...     c.roster()["d-soba"], task.problem, judge, steps=20, every=10
+        ... )
+        >>> w = np.stack([topology.metropolis(g(4))
+        ...               for g in (topology.ring, topology.complete)])
+        >>> keys = jax.random.split(jax.random.key(0), 1)
+        >>> found = run(keys, np.full((1, 2, 2), 0.05), w, c.stacked([task]))
+        >>> ring, complete = found.columns["consensus_x"][0, :, -1]
+        >>> bool(complete < ring), found.columns["size"].shape
+        (True, (1, 2, 2))
     """
     if min(steps, every) < 1 or steps % every:
         raise ValueError(
