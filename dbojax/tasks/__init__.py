@@ -10,10 +10,14 @@ from dbojax.tasks import pde as pde
 from dbojax.tasks import readers as readers
 from dbojax.tasks import representations as representations
 from dbojax.tasks import samplers as samplers
+from dbojax.tasks import sparse as sparse
 from dbojax.tasks import spectral as spectral
 from dbojax.tasks.classification import coefficient_tuning as coefficient_tuning
 from dbojax.tasks.classification import hyper_cleaning as hyper_cleaning
 from dbojax.tasks.classification import hyper_representation as hyper_representation
+from dbojax.tasks.classification import (
+    sparse_coefficient_tuning as sparse_coefficient_tuning,
+)
 from dbojax.tasks.condensation import Condensation as Condensation
 from dbojax.tasks.condensation import condensation as condensation
 from dbojax.tasks.federated_toy import federated_toy as federated_toy
@@ -35,6 +39,7 @@ NAMES: dict[str, Callable[..., Task]] = {
     "quadratic": quadratic,
     "worker_quadratic": worker_quadratic,
     "coefficient_tuning": coefficient_tuning,
+    "sparse_coefficient_tuning": sparse_coefficient_tuning,
     "hyper_cleaning": hyper_cleaning,
     "hyper_representation": hyper_representation,
     "federated_toy": federated_toy,
