@@ -159,16 +159,18 @@ def sparse_text(
     d: int = 130_107,
     classes: int = 20,
     words: int = 320,
-    topical: float = 0.1,
+    topical: float = 0.07,
     seed: int = 0,
 ) -> SparseDataset:
     """Draw documents of the shape of 20 Newsgroups, with words that tell the class.
 
-    A document has between a quarter of ``words`` and ``words`` words. Word frequencies
-    follow Zipf's law; a part of the words is drawn from the hundred (or d / classes, if
-    that is less) that belong to the document's class, rare words of no other meaning.
-    Entries are counts times the logarithm of the inverse document frequency, rows
-    scaled to length one.
+    A document has between a quarter of ``words`` and ``words`` words, some of them
+    again and again, since word frequencies follow Zipf's law. A part of the words is
+    drawn from those of the document's class: the rarest eighth of the vocabulary is
+    shared out between the classes. Entries are counts times one plus the logarithm of
+    the inverse document frequency, rows scaled to length one. At the default size a
+    document has about 160 entries, as in 20 Newsgroups, and the nearest class mean of
+    30 % of the documents names the class of about 0.8 of the others.
 
     Args:
         m: documents, in equal shares of the classes.
@@ -205,7 +207,7 @@ def sparse_text(
     documents = np.repeat(np.arange(m), lengths)
     # Zipf's law by the inverse of its continuous distribution function.
     ranks = ((d + 1.0) ** rng.random(documents.size)).astype(np.int64) - 1
-    own = min(100, d // classes)
+    own = max(1, d // (8 * classes))
     pick = d - 1 - (labels[documents] * own + rng.integers(own, size=documents.size))
     ranks = np.where(
         rng.random(documents.size) < topical, pick, np.minimum(ranks, d - 1)
