@@ -59,7 +59,7 @@ def method_of(case, problem, mix):
 
 def text(case):
     """C²DFB on the sparse stand-in of 20 Newsgroups: (method, start, batch, judge)."""
-    dataset = dbo.tasks.sparse.sparse_text(case["documents"], case["features"])
+    dataset = dbo.tasks.sparse_text(case["documents"], case["features"])
     shards = dbo.tasks.sparse.distribute(dataset, n=case["nodes"])
     task = dbo.tasks.sparse_coefficient_tuning(shards)
     graph = dbo.topology.metropolis(dbo.topology.ring(case["nodes"]))

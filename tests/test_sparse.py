@@ -14,7 +14,7 @@ from dbojax.tasks.sparse import SparseDataset, SparseRows
 
 scipy_sparse = pytest.importorskip("scipy.sparse")
 
-TEXT = functools.partial(sparse.sparse_text, m=80, d=90, classes=4, words=24)
+TEXT = functools.partial(dbo.tasks.sparse_text, m=80, d=90, classes=4, words=24)
 
 
 def dense(rows):
@@ -135,9 +135,9 @@ def test_padding_has_no_influence(shards, key):
 
 
 def test_no_array_has_the_size_of_dense_rows():
-    """Twice, over nodes: a directions of all nodes hold nothing like (m, d)."""
+    """Directions of all nodes at once need far less than the dense rows would."""
     shards = sparse.distribute(
-        sparse.sparse_text(m=300, d=4000, classes=3, words=10), n=2
+        dbo.tasks.sparse_text(m=300, d=4000, classes=3, words=10), n=2
     )
     task = dbo.tasks.sparse_coefficient_tuning(shards)
     oracle = dbo.oracles.penalty(task.problem, 10.0)
@@ -203,7 +203,7 @@ def test_padded_rows_are_the_matrix():
 
 
 def test_the_stand_in_has_the_shape_of_text():
-    text = sparse.sparse_text(m=1000, d=8000, words=100, topical=0.2, seed=3)
+    text = dbo.tasks.sparse_text(m=1000, d=8000, words=100, topical=0.2, seed=3)
     rows = text.inputs
     np.testing.assert_allclose((rows.values**2).sum(1), 1, rtol=1e-12)
     used = rows.values != 0
@@ -214,7 +214,7 @@ def test_the_stand_in_has_the_shape_of_text():
     for row, some in zip(rows.columns[:50], used[:50], strict=True):
         assert len(set(row[some])) == some.sum()  # each word once
     assert np.bincount(text.labels).tolist() == [50] * 20
-    again = sparse.sparse_text(m=1000, d=8000, words=100, topical=0.2, seed=3)
+    again = dbo.tasks.sparse_text(m=1000, d=8000, words=100, topical=0.2, seed=3)
     assert np.array_equal(again.inputs.values, rows.values)
     # The class is in the words: the nearest class mean of others finds it.
     train, test = np.arange(1000) < 500, np.arange(1000) >= 500
@@ -222,7 +222,7 @@ def test_the_stand_in_has_the_shape_of_text():
     means = np.stack([features[train & (text.labels == k)].mean(0) for k in range(20)])
     right = (features[test] @ means.T).argmax(1) == text.labels[test]
     assert right.mean() > 0.8
-    plain = sparse.sparse_text(m=1000, d=8000, words=100, topical=0.0)
+    plain = dbo.tasks.sparse_text(m=1000, d=8000, words=100, topical=0.0)
     features = dense(plain.inputs)
     means = np.stack([features[train & (plain.labels == k)].mean(0) for k in range(20)])
     right = (features[test] @ means.T).argmax(1) == plain.labels[test]
@@ -288,16 +288,16 @@ def test_newsgroups_come_from_the_cache_of_scikit_learn(monkeypatch):
         )
 
     monkeypatch.setattr(datasets, "fetch_20newsgroups_vectorized", fetch)
-    train, test = sparse.newsgroups(data_home="here")
+    train, test = dbo.tasks.newsgroups(data_home="here")
     assert asked == [("train", "here", False), ("test", "here", False)]
     np.testing.assert_array_equal(dense(train.inputs), rows["train"])
     np.testing.assert_array_equal(dense(test.inputs), rows["test"])
     assert isinstance(test, SparseDataset)
     assert (test.labels.tolist(), test.num_classes) == ([0, 1], 2)
-    assert sparse.newsgroups(width=3)[1].inputs.columns.shape == (2, 3)
+    assert dbo.tasks.newsgroups(width=3)[1].inputs.columns.shape == (2, 3)
 
 
 def test_newsgroups_that_are_not_there_say_how_to_get_them(tmp_path):
     pytest.importorskip("sklearn")
     with pytest.raises(FileNotFoundError, match="fetch_20newsgroups_vectorized"):
-        sparse.newsgroups(data_home=tmp_path)
+        dbo.tasks.newsgroups(data_home=tmp_path)

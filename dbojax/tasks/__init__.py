@@ -15,9 +15,6 @@ from dbojax.tasks import spectral as spectral
 from dbojax.tasks.classification import coefficient_tuning as coefficient_tuning
 from dbojax.tasks.classification import hyper_cleaning as hyper_cleaning
 from dbojax.tasks.classification import hyper_representation as hyper_representation
-from dbojax.tasks.classification import (
-    sparse_coefficient_tuning as sparse_coefficient_tuning,
-)
 from dbojax.tasks.condensation import Condensation as Condensation
 from dbojax.tasks.condensation import condensation as condensation
 from dbojax.tasks.federated_toy import federated_toy as federated_toy
@@ -34,6 +31,9 @@ from dbojax.tasks.single_level import SingleLevel as SingleLevel
 from dbojax.tasks.single_level import logistic_regression as logistic_regression
 from dbojax.tasks.task import ClosedForm as ClosedForm
 from dbojax.tasks.task import Task as Task
+from dbojax.tasks.text import newsgroups as newsgroups
+from dbojax.tasks.text import sparse_coefficient_tuning as sparse_coefficient_tuning
+from dbojax.tasks.text import sparse_text as sparse_text
 
 NAMES: dict[str, Callable[..., Task]] = {
     "quadratic": quadratic,

@@ -15,7 +15,7 @@ from dbojax.tasks import data
 from dbojax.tasks.data import Numbered, Samples, Shards
 from dbojax.tasks.representations import mlp, started
 from dbojax.tasks.samplers import minibatches, paired
-from dbojax.tasks.sparse import distribute, product, sparse_text
+from dbojax.tasks.sparse import product
 from dbojax.tasks.task import Task, at_mean
 
 
@@ -147,42 +147,6 @@ def coefficient_tuning(
 
     lower = _penalised(logits, penalty)
     return _task(logits, lower, jnp.zeros(d), jnp.zeros((d, c)), shards)
-
-
-def sparse_coefficient_tuning(
-    shards: Shards | None = None,
-    ridge: float = 1.0,
-    corruption: float = 0.0,
-    seed: int = 0,
-) -> Task:
-    """:func:`coefficient_tuning` on sparse text, of the size of 20 Newsgroups.
-
-    The rows are gathered and never made dense: x has 130 107 entries, y 2 602 140, and
-    the data of all nodes a few million.
-
-    Args:
-        shards: the data; by default the stand-in ``dbo.tasks.sparse.sparse_text()``,
-            dealt out to ten nodes. With scikit-learn's cache at hand, take
-            ``train, test = dbo.tasks.sparse.newsgroups()`` and
-            ``dbo.tasks.sparse.distribute(train, n=10, test=test)``.
-        ridge: as there.
-        corruption: as there.
-        seed: as there.
-
-    Returns:
-        As there.
-
-    Raises:
-        ValueError: as there.
-
-    Examples:
-        >>> text = dbo.tasks.sparse.sparse_text(m=60, d=500, classes=3, words=40)
-        >>> shards = dbo.tasks.sparse.distribute(text, n=2)
-        >>> sparse_coefficient_tuning(shards).y0.shape
-        (500, 3)
-    """
-    shards = distribute(sparse_text()) if shards is None else shards
-    return coefficient_tuning(shards, ridge, corruption, seed)
 
 
 def _numbered(samples):

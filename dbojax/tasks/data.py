@@ -28,7 +28,7 @@ class Dataset(NamedTuple):
 class Samples(NamedTuple):
     """Labelled samples padded to one length; a node axis may come first."""
 
-    inputs: jax.Array | np.ndarray  # (m, d), zero where padded
+    inputs: Any  # (m, d), an array or `sparse.SparseRows`, zero where padded
     labels: jax.Array | np.ndarray  # (m,), int32
     mask: jax.Array | np.ndarray  # (m,), True for a true sample
 
@@ -36,7 +36,7 @@ class Samples(NamedTuple):
 class Numbered(NamedTuple):
     """Samples that know their numbers, for variables with an entry per sample."""
 
-    inputs: jax.Array | np.ndarray  # as in `Samples`
+    inputs: Any  # as in `Samples`
     labels: jax.Array | np.ndarray
     mask: jax.Array | np.ndarray
     ids: jax.Array | np.ndarray  # (m,), int32, counted over all nodes; zero if padded
