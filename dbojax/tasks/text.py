@@ -60,7 +60,7 @@ def sparse_text(
     d: int = 130_107,
     classes: int = 20,
     words: int = 320,
-    topical: float = 0.07,
+    topical: float = 0.045,
     seed: int = 0,
 ) -> SparseDataset:
     """Draw documents of the shape of 20 Newsgroups, with words that tell the class.
@@ -70,8 +70,8 @@ def sparse_text(
     drawn from those of the document's class: the rarest eighth of the vocabulary is
     shared out between the classes. Entries are counts times one plus the logarithm of
     the inverse document frequency, rows scaled to length one. At the default size a
-    document has about 160 entries, as in 20 Newsgroups, and the nearest class mean of
-    30 % of the documents names the class of about 0.8 of the others.
+    document has about 160 entries, as in 20 Newsgroups, and a linear classifier that is
+    fitted to 30 % of the documents names the class of about 0.84 of the others.
 
     Args:
         m: documents, in equal shares of the classes.
