@@ -118,7 +118,9 @@ def reference_point(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
     def init(known):
         trees.check_nodes(known, mix.weights.shape[0], "known")
         memory = mix.lift(compressor.init)(known)
-        return ReferencePointState(known, mix.apply(known), memory)
+        # The zeros of a tracker would be mixed by the compiler, for minutes if large.
+        mixed = mix.apply(jax.lax.optimization_barrier(known))
+        return ReferencePointState(known, mixed, memory)
 
     def send(key, v, state, mask=None):
         _no_mask(mask, "reference_point")
