@@ -180,6 +180,7 @@ class Mix(NamedTuple):
     # Whether `apply` may act on what the nodes hold, not only on what they send.
     local: bool = True
     averages: bool = False  # whether `apply` gives every node the mean
+    symmetric: bool = True  # whether W is known to be, or is traced
 
 
 class Network(NamedTuple):
@@ -208,12 +209,13 @@ class Channel(NamedTuple):
     init: Callable[[Tree], State]
     # send(key, v, state, mask=None) -> (what each node holds then, state, Traffic)
     send: Callable[..., tuple[Tree, State, Traffic]]
-    mix: Mix | None = None  # what it was built on
+    mix: Mix | None = None  # what it was built on, where that stays as it is
     # Whether all nodes hold the same, an estimate of the mean, after `send`.
     averages: bool = False
     # Whether it keeps sums but no values, so that equal ones do not stay equal: for
     # `gradient_push` alone.
     pushes: bool = False
+    network: Network | None = None  # what it was built on, where that may change
 
 
 class Strategy(NamedTuple):

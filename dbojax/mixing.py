@@ -39,8 +39,17 @@ def _links(w: np.ndarray) -> int:
     return int(np.count_nonzero(w) - np.count_nonzero(np.diag(w)))
 
 
+def _is_symmetric(w: np.ndarray) -> bool:
+    return bool(np.abs(w - w.T).max(initial=0) < 1e-8)
+
+
 def _mix(
-    n: int, product, table: _Neighbours, links: int, averages: bool = False
+    n: int,
+    product,
+    table: _Neighbours,
+    links: int,
+    averages: bool = False,
+    symmetric: bool = True,
 ) -> Mix:
     def apply(v: Tree, decode=None) -> Tree:
         trees.check_nodes(v, n, "v")
@@ -53,7 +62,16 @@ def _mix(
         return jnp.arange(n)
 
     weights = jnp.asarray(table.weights)
-    return Mix(apply, exchange, weights, links, jax.vmap, nodes, averages=averages)
+    return Mix(
+        apply,
+        exchange,
+        weights,
+        links,
+        jax.vmap,
+        nodes,
+        averages=averages,
+        symmetric=symmetric,
+    )
 
 
 def mixer(w: np.ndarray) -> Mix:
@@ -115,7 +133,7 @@ def shifts(w: np.ndarray) -> Mix:
     def product(leaf):
         return sum(w[0, s].item() * jnp.roll(leaf, -s, axis=0) for s in offsets)
 
-    return _mix(len(w), product, _neighbours(w), _links(w))
+    return _mix(len(w), product, _neighbours(w), _links(w), symmetric=_is_symmetric(w))
 
 
 def neighbours(w: np.ndarray) -> Mix:
@@ -126,7 +144,9 @@ def neighbours(w: np.ndarray) -> Mix:
     def product(leaf):
         return trees.gathered(leaf, *table)
 
-    return _mix(len(w), trees.island(product), table, _links(w))
+    return _mix(
+        len(w), trees.island(product), table, _links(w), symmetric=_is_symmetric(w)
+    )
 
 
 def dense(w: np.ndarray | jax.Array, links: int | None = None) -> Mix:
@@ -154,7 +174,10 @@ def dense(w: np.ndarray | jax.Array, links: int | None = None) -> Mix:
         mixed = jnp.dot(jnp.asarray(w, leaf.dtype), flat, precision="highest")
         return mixed.reshape(leaf.shape)
 
-    return _mix(n, product, table, edges if links is None else links)
+    symmetric = isinstance(w, Tracer) or _is_symmetric(w)
+    return _mix(
+        n, product, table, edges if links is None else links, symmetric=symmetric
+    )
 
 
 def averaging(n: int) -> Mix:

@@ -21,6 +21,7 @@ WITHOUT_BIAS = {
     "tracking",
     "tracking_semi_atc",
     "tracking_atc",
+    *toys.SYMMETRIC_ONLY,
     "moving_average",
     "allreduce",
 }
@@ -61,7 +62,7 @@ UNBIASED = [name for name, c in COMPRESSORS.items() if _unbiased(c)]
 def _cases():
     """All that can meet; exact channels compress nothing."""
     for strategy, graph in itertools.product(STRATEGIES, GRAPHS):
-        if strategy != "allreduce":
+        if strategy != "allreduce" and toys.fits(strategy, graph):
             yield strategy, "exact", NONE, graph
             for channel in ("reference_point", "error_feedback"):
                 for compressor in COMPRESSORS:
@@ -156,9 +157,9 @@ def test_the_cover_covers_every_pair():
     for first, second in itertools.combinations([STRATEGIES, COMPRESSORS, GRAPHS], 2):
         for names in itertools.product(first, second):
             met = any({*names} <= {*case} for case in COVER)
-            assert met or {*names} <= {"allreduce", *GRAPHS}, names
+            assert met or {*names} <= {"allreduce", *GRAPHS} or not toys.fits(*names)
     assert _cover(CASES) == COVER
-    assert len(COVER) < 110
+    assert len(COVER) < 140
     assert {case for team in _teams() for case in team} == set(COVER)
 
 

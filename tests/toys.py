@@ -91,21 +91,35 @@ def graphs():
     }
 
 
+def fits(strategy, graph):
+    """Whether a strategy takes the weights of a graph."""
+    return strategy not in SYMMETRIC_ONLY or graph != "exponential"
+
+
 def star_cover(first, second):
     """Pairs of names: all of `first` with one of `second`, and the other way round."""
     a, b = list(first), list(second)
     return [(x, b[0]) for x in a] + [(a[1], y) for y in b[1:]]
 
 
+DUAL_GAIN = 0.1  # small enough for biased compressors
+SYMMETRIC_ONLY = ("extra", "exact_diffusion", "nids")
+
+
 def strategies():
     """Factories of every strategy: (channel, optimizer) -> Strategy."""
     s = dbo.strategies
+    dual = {
+        name: functools.partial(getattr(s, name), dual_gain=DUAL_GAIN)
+        for name in SYMMETRIC_ONLY
+    }
     return {
         "diffusion_cta": s.diffusion_cta,
         "diffusion_atc": s.diffusion_atc,
         "tracking": s.gradient_tracking,
         "tracking_semi_atc": s.gradient_tracking_semi_atc,
         "tracking_atc": s.gradient_tracking_atc,
+        **dual,
         "allreduce": s.allreduce,
         "moving_average": lambda channel, tx: s.moving_average(
             s.gradient_tracking(channel, tx), 0.5

@@ -70,7 +70,7 @@ def changing(network: Network, gamma: float = 1.0) -> Channel:
         moved = jax.tree.map(trees.island(held), v)
         return moved, _after(state), _traffic(network, v)
 
-    return Channel(_counter(network), send)
+    return Channel(_counter(network), send, network=network)
 
 
 def push(network: Network) -> Channel:
@@ -117,7 +117,7 @@ def push(network: Network) -> Channel:
         moved = jax.tree.map(trees.island(shares), v)
         return moved, _after(state), _traffic(network, v)
 
-    return Channel(_counter(network), send, pushes=True)
+    return Channel(_counter(network), send, pushes=True, network=network)
 
 
 class LinkCopiesState(NamedTuple):
@@ -221,7 +221,7 @@ def changing_reference_point(
         traffic = Traffic(message, message * network.links, rounds=1)
         return jax.tree.map(held, v, copies), state, traffic
 
-    return Channel(init, send)
+    return Channel(init, send, network=network)
 
 
 def _over_links(f: Callable) -> Callable:

@@ -8,6 +8,9 @@ Rows are nodes, ``D`` the stacked directions, ``W V`` one exchange over a channe
 from dbojax.strategies.averaging import allreduce as allreduce
 from dbojax.strategies.diffusion import diffusion_atc as diffusion_atc
 from dbojax.strategies.diffusion import diffusion_cta as diffusion_cta
+from dbojax.strategies.primal_dual import exact_diffusion as exact_diffusion
+from dbojax.strategies.primal_dual import extra as extra
+from dbojax.strategies.primal_dual import nids as nids
 from dbojax.strategies.push import gradient_push as gradient_push
 from dbojax.strategies.tracking import gradient_tracking as gradient_tracking
 from dbojax.strategies.tracking import gradient_tracking_atc as gradient_tracking_atc
