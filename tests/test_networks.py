@@ -28,6 +28,7 @@ def digraphs(steps=4, n=N):
     return kept / kept.sum(axis=1, keepdims=True)
 
 
+PAIRS = dbo.topology.random_matchings(dbo.topology.complete(N), 9, seed=0)
 SYMMETRIC = {
     "fixed": nets.fixed(RING),
     "lossy": nets.lossy(nets.fixed(RING), 0.2),
@@ -37,15 +38,7 @@ SYMMETRIC = {
         dbo.topology.random_matchings(dbo.topology.torus(2, 3), 7, seed=1)
     ),
     "away": nets.away(nets.fixed(RING), [1, 4], 2, 5),
-    "all of it": nets.away(
-        nets.lossy(
-            nets.sequence(dbo.topology.random_matchings(dbo.topology.complete(N), 9, 0)),
-            0.3,
-        ),
-        [0],
-        1,
-        4,
-    ),
+    "all of it": nets.away(nets.lossy(nets.sequence(PAIRS), 0.3), [0], 1, 4),
     "one node": nets.lossy(nets.fixed(np.ones((1, 1))), 0.5),
 }
 DIRECTED = {
@@ -113,30 +106,32 @@ def test_sequences_take_turns(name):
 
 
 @pytest.mark.parametrize("name", ["complete", "push with losses"])
-def test_links_fail_as_often_as_they_should_and_by_themselves(name):
-    """Pairs of exchanges and pairs of links: failures go together as by chance."""
+def test_links_fail_as_often_as_they_should_and_by_themselves(name, key):
+    """Links and exchanges in pairs: they fail together as often as by chance."""
     network, rate, count = NETWORKS[name], 0.3, 2000
-    whole = {"complete": SYMMETRIC["complete"], "push with losses": None}[name]
-    base = np.full((N, N), 1 / N) if whole else digraphs()[0]
-    keys = jax.random.split(jax.random.key(0), count)
+    keys = jax.random.split(key, count)
     weights = jax.jit(jax.vmap(network.weights, (0, None)))(keys, 0)
     ws = np.stack([dense(network, row) for row in np.asarray(weights)])
-    linked = np.triu(base, 1) if network.symmetric else base * (1 - np.eye(N))
-    lost = np.stack([w[linked > 0] == 0 for w in ws]).astype(float)
-    kept = ws[:, linked > 0][lost == 0]
-    assert set(np.round(kept, 12)) <= set(np.round(linked[linked > 0], 12))
-    centred = (lost - rate) / np.sqrt(rate * (1 - rate))
-    links = centred.shape[1]
-    assert links > 5
-    assert abs(centred.sum()) / np.sqrt(centred.size) < 5
-    between = centred.T @ centred / np.sqrt(count)
-    assert np.abs(between[~np.eye(links, dtype=bool)]).max() < 5
-    assert np.abs((centred[1:] * centred[:-1]).sum(0)).max() / np.sqrt(count) < 5
+    if network.symmetric:
+        links = np.triu(np.full((N, N), 1 / N), 1)
+    else:
+        links = digraphs()[0] * (1 - np.eye(N))
+    drawn_ = ws[:, links > 0]
+    kept = drawn_ > 0
+    np.testing.assert_allclose(drawn_, kept * links[links > 0], atol=1e-15)
+    z = (kept - (1 - rate)) / np.sqrt(rate * (1 - rate))
+    assert z.shape[1] > 5
+    assert abs(z.sum()) / np.sqrt(z.size) < 5
+    together = z.T @ z / np.sqrt(count)
+    assert np.abs(together[~np.eye(z.shape[1], dtype=bool)]).max() < 5
+    assert np.abs((z[1:] * z[:-1]).sum(axis=0)).max() / np.sqrt(count) < 5
 
 
 def test_a_link_fails_or_not_whatever_others_there_are(key):
     few, many = SYMMETRIC["lossy"], nets.lossy(nets.fixed(np.full((N, N), 1 / N)), 0.2)
-    few, many = (dense(net, np.asarray(net.weights(key, 0))) for net in (few, many))
+    few, many = (
+        dense(net, np.asarray(jax.jit(net.weights)(key, 0))) for net in (few, many)
+    )
     on_ring = dbo.topology.ring(N)
     np.testing.assert_array_equal((few > 0)[on_ring], (many > 0)[on_ring])
     assert (many[on_ring] == 0).any()
@@ -184,7 +179,7 @@ def seen(network, rounds, key):
     return np.stack([dense(network, row) for row in np.asarray(weights)])
 
 
-@pytest.mark.parametrize("name", ["one_peer", *SYMMETRIC])
+@pytest.mark.parametrize("name", ["one_peer", "lossy", "all of it", "one node"])
 def test_changing_is_the_matrix_of_the_day(name, key):
     network = NETWORKS[name]
     v = values(len(network.nodes), 2, 3)
@@ -227,22 +222,18 @@ def test_two_ways_to_write_one_graph_agree(key):
 COMPRESSORS = toys.compressors()
 
 
-@pytest.mark.parametrize(
-    ("compressor", "name"), toys.star_cover(COMPRESSORS, SYMMETRIC)
-)
-def test_copies_per_link_keep_the_mean(compressor, name, key):
-    network = SYMMETRIC[name]
-    v = values(len(network.nodes), 9)
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_copies_per_link_keep_the_mean(compressor, key):
+    v = values(N, 9)
     channel = dbo.channels.changing_reference_point(
-        network, COMPRESSORS[compressor], 0.3
+        SYMMETRIC["lossy"], COMPRESSORS[compressor], 0.3
     )
     held, _ = gossip(channel, v, 6, key)
-    moved = float(jnp.abs(held - v).max())
-    assert moved > 1e-3 or name == "one node"
+    assert float(jnp.abs(held - v).max()) > 1e-3
     np.testing.assert_allclose(held.mean(0), v.mean(0), atol=1e-14)
 
 
-@pytest.mark.parametrize("name", SYMMETRIC)
+@pytest.mark.parametrize("name", ["lossy", "star", "all of it", "one node"])
 def test_copies_without_compression_are_the_exact_channel(name, key):
     network = SYMMETRIC[name]
     v, everything = values(len(network.nodes), 4), dbo.compressors.identity()
@@ -273,7 +264,7 @@ def test_copies_equal_loops_over_links(name, key):
     np.testing.assert_allclose(held, slow, atol=1e-12)
 
 
-@pytest.mark.parametrize("compressor", ["top_k", "random_k", "sign"])
+@pytest.mark.parametrize("compressor", ["top_k", "sign"])
 def test_copies_agree_on_the_mean_whatever_is_lost(compressor, key):
     v = values(N, 5)
     channel = dbo.channels.changing_reference_point(

@@ -127,6 +127,12 @@ def strategies():
     }
 
 
+def steps(task, upper, lower):
+    """Step sizes as shares of 1 / smoothness of Psi and of the local g."""
+    psi = np.linalg.eigvalsh(jax.hessian(task.exact.value)(task.x0)).max()
+    return upper / psi, lower / np.linalg.eigvalsh(task.batch.lower.a).max()
+
+
 def single_loop(task, strategy, channel, upper_step, lower_step):
     """One strategy for all three variables, along the soba directions."""
     upper = strategy(channel, optax.sgd(upper_step))
