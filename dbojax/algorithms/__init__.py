@@ -8,6 +8,8 @@ from dbojax.algorithms.compose import BilevelState as BilevelState
 from dbojax.algorithms.compose import Phase as Phase
 from dbojax.algorithms.compose import compose as compose
 from dbojax.algorithms.compose import local_step as local_step
+from dbojax.algorithms.dsbo import dsbo as dsbo
+from dbojax.algorithms.dsbo import gdsbo as gdsbo
 from dbojax.algorithms.fedbio import fedbio as fedbio
 from dbojax.algorithms.federated import FederatedState as FederatedState
 from dbojax.algorithms.federated import covered as covered
@@ -17,11 +19,15 @@ from dbojax.algorithms.fednest import fednest as fednest
 from dbojax.algorithms.fg2u import fg2u_own as fg2u_own
 from dbojax.algorithms.fg2u import fg2u_shared as fg2u_shared
 from dbojax.algorithms.ma_dsbo import ma_dsbo as ma_dsbo
+from dbojax.algorithms.mdbo import mdbo as mdbo
 from dbojax.algorithms.personal import personal as personal
 from dbojax.algorithms.rabo import rabo as rabo
 from dbojax.algorithms.rabo import rafbo as rafbo
 from dbojax.algorithms.simfbo import shrofbo as shrofbo
 from dbojax.algorithms.simfbo import simfbo as simfbo
+from dbojax.algorithms.single_loop import d_soba as d_soba
+from dbojax.algorithms.single_loop import single_loop as single_loop
+from dbojax.algorithms.single_loop import sparkle as sparkle
 from dbojax.algorithms.soba import ma_soba as ma_soba
 from dbojax.algorithms.soba import saba as saba
 from dbojax.algorithms.soba import soba as soba

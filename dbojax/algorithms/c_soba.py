@@ -12,8 +12,9 @@ import math
 import optax
 
 from dbojax import trees
-from dbojax.algorithms.compose import Step
-from dbojax.algorithms.soba import averaged, local_steps, single_loop
+from dbojax.algorithms.compose import Step, local_steps
+from dbojax.algorithms.single_loop import single_loop
+from dbojax.algorithms.soba import averaged
 from dbojax.base import Algorithm, Channel, Compressor, Mix, Oracle, Problem
 from dbojax.channels import diana, server
 from dbojax.strategies import allreduce, moving_average
@@ -70,9 +71,12 @@ def c_soba(
         arXiv:2405.18858: our formulation.
     """
     above, below = _unbiased_servers("c_soba", mix, upper, lower, downlink)
-    steps = local_steps(upper_step, lower_step, linear_step)
-    moves = [allreduce(c, s) for c, s in zip((above, below, below), steps, strict=True)]
-    return single_loop(problem, moves, clip, oracle, participants)
+    x_step, *steps = local_steps(upper_step, lower_step, linear_step)
+    x = allreduce(above, x_step)
+    y, z = (allreduce(below, step) for step in steps)
+    return single_loop(
+        problem, x=x, y=y, z=z, oracle=oracle, clip=clip, participants=participants
+    )
 
 
 def cm_soba(
@@ -117,8 +121,11 @@ def cm_soba(
     above, below = _unbiased_servers("cm_soba", mix, upper, lower, downlink)
     x_step, *steps = local_steps(upper_step, lower_step, linear_step)
     x_step = optax.chain(averaged(average, new_average), x_step)
-    moves = [allreduce(above, x_step), *(allreduce(below, step) for step in steps)]
-    return single_loop(problem, moves, clip, oracle, participants)
+    x = allreduce(above, x_step)
+    y, z = (allreduce(below, step) for step in steps)
+    return single_loop(
+        problem, x=x, y=y, z=z, oracle=oracle, clip=clip, participants=participants
+    )
 
 
 def ef_soba(
@@ -175,8 +182,10 @@ def ef_soba(
     above, below = (diana(mix, c, downlink, rate, gain) for c in (upper, lower))
     x_step, *steps = local_steps(upper_step, lower_step, linear_step)
     x = moving_average(allreduce(above, x_step), average)
-    moves = [x, *(allreduce(below, step) for step in steps)]
-    return single_loop(problem, moves, clip, oracle, participants)
+    y, z = (allreduce(below, step) for step in steps)
+    return single_loop(
+        problem, x=x, y=y, z=z, oracle=oracle, clip=clip, participants=participants
+    )
 
 
 def _unbiased_servers(name, mix, upper, lower, downlink) -> tuple[Channel, Channel]:

@@ -45,6 +45,12 @@ def local_step(step: Step) -> optax.GradientTransformation:
     return optax.sgd(step)
 
 
+def local_steps(upper: Step, lower: Step, linear: Step | None) -> list:
+    """Transforms of x, y and z; that of z is by default that of y."""
+    linear = lower if linear is None else linear
+    return [local_step(step) for step in (upper, lower, linear)]
+
+
 class Phase(NamedTuple):
     """Some variables move at once along directions taken at the same point.
 

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import optax
 
 from dbojax import trees
-from dbojax.algorithms.compose import Phase, Step, compose, local_step
+from dbojax.algorithms.compose import Step, local_steps
+from dbojax.algorithms.single_loop import single_loop
 from dbojax.base import Algorithm, Mix, Oracle, Problem
 from dbojax.channels import server
 from dbojax.oracles import saba as saba_oracle
-from dbojax.oracles import soba as soba_oracle
-from dbojax.strategies import allreduce, ball, projected
+from dbojax.strategies import allreduce
 
 
 def soba(
@@ -67,8 +67,10 @@ def soba(
     """
     channel = server(mix)
     steps = local_steps(upper_step, lower_step, linear_step)
-    moves = [allreduce(channel, step) for step in steps]
-    return single_loop(problem, moves, clip, oracle, participants)
+    x, y, z = (allreduce(channel, step) for step in steps)
+    return single_loop(
+        problem, x=x, y=y, z=z, oracle=oracle, clip=clip, participants=participants
+    )
 
 
 def saba(
@@ -149,23 +151,10 @@ def ma_soba(
     channel = server(mix)
     x_step, *steps = local_steps(upper_step, lower_step, linear_step)
     x_step = optax.chain(averaged(average, new_average), x_step)
-    moves = [allreduce(channel, step) for step in (x_step, *steps)]
-    return single_loop(problem, moves, clip, oracle, participants)
-
-
-def single_loop(problem, moves, clip, oracle, participants) -> Algorithm:
-    """x, y and z move at once by the strategies ``moves``; z is clipped."""
-    x, y, z = moves
-    if not (isinstance(clip, float) and math.isinf(clip) and clip > 0):
-        z = projected(z, ball(clip))
-    oracle = soba_oracle(problem) if oracle is None else oracle
-    return compose(problem, oracle, Phase(x=x, y=y, z=z), participants=participants)
-
-
-def local_steps(upper_step, lower_step, linear_step):
-    """Transforms of x, y and z; that of z is by default that of y."""
-    linear_step = lower_step if linear_step is None else linear_step
-    return [local_step(step) for step in (upper_step, lower_step, linear_step)]
+    x, y, z = (allreduce(channel, step) for step in (x_step, *steps))
+    return single_loop(
+        problem, x=x, y=y, z=z, oracle=oracle, clip=clip, participants=participants
+    )
 
 
 def averaged(weight: float, new: bool) -> optax.GradientTransformation:

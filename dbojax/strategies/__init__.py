@@ -8,6 +8,7 @@ Rows are nodes, ``D`` the stacked directions, ``W V`` one exchange over a channe
 from dbojax.strategies.averaging import allreduce as allreduce
 from dbojax.strategies.diffusion import diffusion_atc as diffusion_atc
 from dbojax.strategies.diffusion import diffusion_cta as diffusion_cta
+from dbojax.strategies.momentum import gossiped_average as gossiped_average
 from dbojax.strategies.primal_dual import exact_diffusion as exact_diffusion
 from dbojax.strategies.primal_dual import extra as extra
 from dbojax.strategies.primal_dual import nids as nids

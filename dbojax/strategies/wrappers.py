@@ -19,14 +19,20 @@ class AverageState(NamedTuple):
 
     average: Tree  # (n, ...), at least float32
     strategy: State
+    # (n,) bool, which nodes have seen a direction; None where that makes no difference.
+    started: jax.Array | None = None
 
 
-def moving_average(strategy: Strategy, weight: float) -> Strategy:
+def moving_average(
+    strategy: Strategy, weight: float, from_first: bool = False
+) -> Strategy:
     r"""Feed a strategy with the average :math:`R \leftarrow (1 - \theta) R + \theta D`.
 
     Args:
         strategy: moves along the average.
         weight: theta in (0, 1]; 1 gives the strategy itself.
+        from_first: the average starts as the first direction, so that early ones are
+            not short; by default it starts at zero.
 
     Returns:
         A strategy with the same messages.
@@ -34,6 +40,16 @@ def moving_average(strategy: Strategy, weight: float) -> Strategy:
     Raises:
         ValueError: if ``weight`` is not in (0, 1].
         TypeError: if ``strategy`` is not one.
+
+    Examples:
+        >>> mean = dbo.channels.exact(dbo.mixing.averaging(2))
+        >>> plain, v = dbo.strategies.allreduce(mean, optax.sgd(1.0)), jnp.zeros(2)
+        >>> for from_first in (False, True):
+        ...     move = moving_average(plain, 0.25, from_first)
+        ...     moved, _, _ = move.update(jax.random.key(0), v, v + 8, move.init(v))
+        ...     print(moved.tolist())
+        [-2.0, -2.0]
+        [-8.0, -8.0]
     """
     check_strategy(strategy, "moving_average(strategy)")
     if isinstance(weight, numbers.Real) and not 0 < weight <= 1:
@@ -41,16 +57,21 @@ def moving_average(strategy: Strategy, weight: float) -> Strategy:
 
     def init(v):
         zeros = jax.tree.map(jnp.zeros_like, trees.wide(v))
-        return AverageState(zeros, strategy.init(v))
+        none = jnp.zeros(trees.num_nodes(v), bool) if from_first else None
+        return AverageState(zeros, strategy.init(v), none)
 
     def update(key, v, direction, state, mask=None):
         trees.check_like(direction, v, "direction", "v")
         average = trees.averaged(weight, state.average, direction)
+        average = trees.where(state.started, average, trees.wide(direction))
         present = None if mask is None else mask.mask
         average = trees.where(present, average, state.average)
+        started = state.started
+        if started is not None:
+            started = started | (True if mask is None else mask.mask)
         sent = trees.cast(average, direction)
         v, memory, traffic = strategy.update(key, v, sent, state.strategy, mask)
-        return v, AverageState(average, memory), traffic
+        return v, AverageState(average, memory, started), traffic
 
     return Strategy(init, update)
 
