@@ -187,7 +187,8 @@ class Network(NamedTuple):
     """A graph whose weights may change from exchange to exchange.
 
     Its slots are those of all links that there ever are, both ways. Slot 0 of node
-    ``i`` is ``i`` itself, and what is left over is filled with ``i`` at weight zero.
+    ``i`` is ``i`` itself, then come those whom it hears and those who only hear it;
+    what is left over is filled with ``i`` at weight zero.
     """
 
     nodes: np.ndarray  # (n, K), int32: who is in the slots of each node
@@ -198,6 +199,7 @@ class Network(NamedTuple):
     # Directed links that get a message in an exchange, the busiest one where they
     # differ; lost messages count, for they were sent.
     links: int
+    heard: int  # slots, the first ones, that ever have a weight
     symmetric: bool  # whether every W is
     doubly: bool  # whether the rows of every W sum to one as well
 

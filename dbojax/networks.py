@@ -84,7 +84,8 @@ def lossy(network: Network, rate: float) -> Network:
     given away. Where the network is symmetric a link fails both ways at once, so that
     it stays symmetric and doubly stochastic, and both ends know by hearing nothing. On
     any other network each direction fails by itself, rows no longer sum to one, and it
-    takes an acknowledgement until the sender knows.
+    takes an acknowledgement until the sender knows. Values that a strategy sends in one
+    packet over channels of their own, as V and its tracker, are lost by themselves.
 
     Args:
         network: what there is without losses.
@@ -100,7 +101,7 @@ def lossy(network: Network, rate: float) -> Network:
     Examples:
         >>> w = dbo.topology.metropolis(dbo.topology.ring(6))
         >>> network = lossy(fixed(w), 0.2)
-        >>> drawn = network.weights(jax.random.key(0), 0)
+        >>> drawn = jax.jit(network.weights)(jax.random.key(0), 0)
         >>> bool(jnp.allclose(drawn.sum(axis=1), 1)), network.doubly
         (True, True)
     """
@@ -189,17 +190,21 @@ class _Table(NamedTuple):
     reverse: np.ndarray
 
 
-def _table(linked: np.ndarray) -> _Table:
-    """Slots of a symmetric relation without loops."""
-    n = len(linked)
-    own, other = np.nonzero(linked)  # in the order of own * n + other
+def _table(heard: np.ndarray) -> _Table:
+    """Slots of a relation without loops, both ways, those heard first."""
+    n, linked = len(heard), heard | heard.T
+    own, other = np.nonzero(linked)
+    order = np.lexsort((other, ~heard[own, other], own))
+    own, other = own[order], other[order]
     degrees = linked.sum(axis=1)
     slot = 1 + np.arange(len(own)) - np.repeat(np.cumsum(degrees) - degrees, degrees)
     slots = 1 + int(degrees.max(initial=0))
     nodes = np.tile(np.arange(n, dtype=np.int32)[:, None], slots)
     reverse = np.tile(np.arange(slots, dtype=np.int32), (n, 1))
     nodes[own, slot] = other
-    reverse[own, slot] = slot[np.searchsorted(own * n + other, other * n + own)]
+    pairs, mirrored = own * n + other, other * n + own
+    sorted_ = np.argsort(pairs)
+    reverse[own, slot] = slot[sorted_[np.searchsorted(pairs[sorted_], mirrored)]]
     return _Table(nodes, reverse)
 
 
@@ -224,7 +229,7 @@ def _network(ws, name) -> Network:
             "edges, or draw another graph."
         )
     np.fill_diagonal(ever, False)
-    table = _table(ever | ever.T)
+    table, heard = _table(ever), 1 + int(ever.sum(axis=1).max())
     links = max(int(np.count_nonzero(w)) - len(w) for w in ws)
     symmetric = all(np.abs(w - w.T).max() <= tolerance for w in ws)
     # To the last bit, so that what one end gives the other gets.
@@ -236,7 +241,7 @@ def _network(ws, name) -> Network:
         del key
         return turns[0] if len(ws) == 1 else turns[step % len(ws)]
 
-    return Network(*table, weights, links, symmetric, doubly)
+    return Network(*table, weights, links, heard, symmetric, doubly)
 
 
 def _in_slots(w, nodes):

@@ -94,6 +94,8 @@ def test_the_way_back_leads_back(name):
     np.testing.assert_array_equal(nodes[:, 0], me[:, 0])
     np.testing.assert_array_equal(nodes[nodes, reverse], me + 0 * nodes)
     np.testing.assert_array_equal(reverse[nodes, reverse], np.indices(nodes.shape)[1])
+    ever = np.asarray(NETWORKS[name].weights(jax.random.key(0), 0)) > 0
+    assert not ever[:, NETWORKS[name].heard :].any()
 
 
 @pytest.mark.parametrize("name", ["one_peer", "push in turns"])

@@ -44,7 +44,7 @@ def changing(network: Network, gamma: float = 1.0) -> Channel:
         >>> w = dbo.topology.metropolis(dbo.topology.ring(4))
         >>> channel = changing(dbo.networks.lossy(dbo.networks.fixed(w), 0.5))
         >>> v, key = jnp.array([0.0, 4.0, 0.0, 0.0]), jax.random.key(0)
-        >>> held, _, _ = channel.send(key, v, channel.init(v))
+        >>> held, _, _ = jax.jit(channel.send)(key, v, channel.init(v))
         >>> bool(jnp.allclose(held.mean(), v.mean()))
         True
     """
@@ -60,11 +60,11 @@ def changing(network: Network, gamma: float = 1.0) -> Channel:
 
     def send(key, v, state, mask=None):
         no_mask(mask, "changing")
-        weights = _drawn(network, key, state)
+        nodes, weights = _heard(network, _drawn(network, key, state))
 
         def held(leaf):
             # Differences: rounded rows, as those of short floats, keep equal values.
-            heard = trees.gathered(leaf, network.nodes, weights, less=leaf)
+            heard = trees.gathered(leaf, nodes, weights, less=leaf)
             return leaf + trees.times(gamma, heard)
 
         moved = jax.tree.map(trees.island(held), v)
@@ -96,9 +96,9 @@ def push(network: Network) -> Channel:
         >>> edges[0, 1] = False
         >>> channel = push(dbo.networks.fixed(dbo.topology.push_weights(edges)))
         >>> held, key = (jnp.arange(5.0), jnp.ones(5)), jax.random.key(0)
-        >>> state = channel.init(held)
+        >>> state, send = channel.init(held), jax.jit(channel.send)
         >>> for _ in range(50):
-        ...     held, state, _ = channel.send(key, held, state)
+        ...     held, state, _ = send(key, held, state)
         >>> bool(jnp.allclose(held[0] / held[1], 2.0)), bool(jnp.allclose(held[0], 2.0))
         (True, False)
 
@@ -109,10 +109,10 @@ def push(network: Network) -> Channel:
 
     def send(key, v, state, mask=None):
         no_mask(mask, "push")
-        weights = _drawn(network, key, state)
+        nodes, weights = _heard(network, _drawn(network, key, state))
 
         def shares(leaf):
-            return trees.gathered(leaf, network.nodes, weights)
+            return trees.gathered(leaf, nodes, weights)
 
         moved = jax.tree.map(trees.island(shares), v)
         return moved, _after(state), _traffic(network, v)
@@ -168,7 +168,8 @@ def changing_reference_point(
         >>> top = dbo.compressors.top_k(1)
         >>> channel = changing_reference_point(network, top, gamma=0.5)
         >>> v = jax.random.normal(jax.random.key(1), (4, 8))
-        >>> held, _, _ = channel.send(jax.random.key(0), v, channel.init(0 * v))
+        >>> state, send = channel.init(0 * v), jax.jit(channel.send)
+        >>> held, _, _ = send(jax.random.key(0), v, state)
         >>> bool(jnp.allclose(dbo.node_mean(held), dbo.node_mean(v), atol=1e-6))
         True
 
@@ -241,6 +242,11 @@ def _where_up(weights, tree, otherwise):
 def _drawn(network, key, state):
     """Weights of this exchange: all channels draw alike from the same key."""
     return network.weights(jax.random.split(key)[0], state.step)
+
+
+def _heard(network, weights):
+    """The slots that ever have a weight."""
+    return network.nodes[:, : network.heard], weights[:, : network.heard]
 
 
 def _counter(network):

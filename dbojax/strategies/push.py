@@ -38,6 +38,10 @@ def gradient_push(
     gets ``T / w``, every node's estimate of the mean direction, and steps in ``V``: for
     ``optax.sgd`` this is the update above.
 
+    A node that gives and hears nobody loses its ``w`` bit by bit, while its own
+    directions enter ``T`` in full, so ``T / w`` grows: where links fail the graph needs
+    some to spare, and where nodes leave the others must stay connected both ways.
+
     Args:
         channel: ``dbo.channels.push(network)``.
         optimizer: local step along ``T / w``.
