@@ -224,7 +224,8 @@ def test_two_ways_to_write_one_graph_agree(key):
 COMPRESSORS = toys.compressors()
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+# The product of parts meets the others.
+@pytest.mark.parametrize("compressor", ["top_k", "random_k", "sign", "float16"])
 def test_copies_per_link_keep_the_mean(compressor, key):
     v = values(N, 9)
     channel = dbo.channels.changing_reference_point(

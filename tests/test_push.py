@@ -166,7 +166,6 @@ def _few_links():
 
 SOLVED = {
     "in turns": nets.sequence(digraphs()),
-    "one peer": nets.sequence(dbo.topology.one_peer_exponential(N)),
     "lost and left": nets.away(nets.lossy(_few_links(), 0.2), [1, 4], 600, 650),
 }
 
