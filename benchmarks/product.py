@@ -1,7 +1,8 @@
 """Every strategy over every channel, compressor and graph, on one problem.
 
-    python benchmarks/product.py           # the full product
-    python benchmarks/product.py --fast    # a pairwise cover of it
+    python benchmarks/product.py                 # the full product
+    python benchmarks/product.py --fast          # a pairwise cover of it
+    python benchmarks/product.py --only extra    # the cases of some strategies
 
 The problem is a small heterogeneous quadratic with its closed form, in float64, with
 full batches and all three variables moving at once. The three compared numbers are the
@@ -36,12 +37,18 @@ NODES, DX, DY = 6, 3, 5
 STEPS = 4000
 UPPER, LOWER = 0.05, 0.3  # step sizes over 1 / smoothness of Psi and of the local g
 GAMMA = {"exact": 1.0, "reference_point": 0.4, "error_feedback": 0.4}
+DUAL_GAIN = 0.1  # small enough for biased compressors
+SYMMETRIC_ONLY = ("extra", "exact_diffusion", "nids")  # refuse directed graphs
 WITH_SERVER = ("server", "ef14", "ef21", "diana")  # all nodes hold the same after it
 
 
 def strategies():
     """(channel, optimizer) -> Strategy."""
     s = dbo.strategies
+    dual = {
+        name: functools.partial(getattr(s, name), dual_gain=DUAL_GAIN)
+        for name in SYMMETRIC_ONLY
+    }
     return {
         "diffusion_cta": s.diffusion_cta,
         "diffusion_atc": s.diffusion_atc,
@@ -51,6 +58,7 @@ def strategies():
         "moving_average": lambda channel, tx: s.moving_average(
             s.gradient_tracking(channel, tx), 0.5
         ),
+        **dual,
         "allreduce": s.allreduce,
     }
 
@@ -114,7 +122,8 @@ def graphs():
 def product():
     """All cases that can be built, as (strategy, channel, compressor, graph).
 
-    All-reduce refuses channels after which the nodes hold different values.
+    All-reduce refuses channels after which the nodes hold different values, and what
+    has duals refuses weights that are not symmetric.
     """
     for strategy, channel in itertools.product(strategies(), channels()):
         averages = channel in WITH_SERVER
@@ -125,6 +134,8 @@ def product():
             if channel == "diana" and not unbiased(compressors()[compressor]):
                 continue
             for graph in ["complete"] if complete else graphs():
+                if strategy in SYMMETRIC_ONLY and graph == "exponential":
+                    continue
                 yield strategy, channel, compressor, graph
 
 
@@ -222,7 +233,7 @@ def summary(rows):
     """Markdown: the range of floors of each strategy over each channel."""
     yield "| strategy | " + " | ".join(channels()) + " |"
     yield "| --- |" + " ---: |" * len(channels())
-    for strategy in strategies():
+    for strategy in dict.fromkeys(row["strategy"] for row in rows):
         cells = []
         for channel in channels():
             found = [
@@ -255,17 +266,20 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="a pairwise cover only")
+    parser.add_argument("--only", nargs="+", choices=strategies(), help="strategies")
     parser.add_argument("--csv", type=Path, default=Path("results/product.csv"))
     parser.add_argument("--markdown", type=Path, help="write the table here as well")
     arguments = parser.parse_args()
     begin = time.perf_counter()
     task = dbo.tasks.quadratic(n=NODES, dx=DX, dy=DY, seed=1)
-    cases = cover(product()) if arguments.fast else list(product())
+    cases = [case for case in product() if case[0] in (arguments.only or strategies())]
+    cases = cover(cases) if arguments.fast else cases
     rows = solve_all(task, cases)
     lines = [
         f"{header()}, float64.",
         "",
-        f"{len(rows)} cases, {STEPS} steps; consensus steps {GAMMA}; step sizes "
+        f"{len(rows)} cases, {STEPS} steps; consensus steps {GAMMA}; dual gain "
+        f"{DUAL_GAIN}; step sizes "
         f"{UPPER} / smoothness of Psi and {LOWER} / largest smoothness of a local g. "
         "Cells: true hypergradient norm at the mean of x / disagreement of x, y and z; "
         "bytes: one node, one link, one step.",

@@ -251,3 +251,15 @@ def test_magnitude_wants_a_score_per_unit():
         magnitude().keep(0, 0, GROUP, None)
     with pytest.raises(ValueError, match=r"got shape \(3,\)"):
         magnitude().keep(0, 0, GROUP, jnp.ones(3))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+def test_windows_per_layer_never_stand_still(size):
+    """A stride of whole turns would train the same units for ever."""
+    rounds = jnp.arange(size)
+    for number in range(5):
+        group = Group("h", number, size=size, kept=1, clients=1)
+        held = jax.vmap(
+            functools.partial(staggered().keep, client=0, group=group, scores=None)
+        )
+        assert len(set(held(rounds)[:, 0].tolist())) > 1
