@@ -140,6 +140,14 @@ def test_no_other_strategy_takes_a_channel_that_pushes(name):
         toys.strategies()[name](channel, optax.sgd(0.1))
 
 
+def test_averages_of_slopes_do_not_travel_by_pushing():
+    channel = dbo.channels.push(nets.fixed(RING))
+    p = toys.task().problem
+    scalars = dbo.hypergradients.forward_scalars(p, lambda key, x, y, b: x, 2, 2)
+    with pytest.raises(ValueError, match="hands out shares"):
+        dbo.algorithms.fg2u_shared(p, scalars, channel, 0.1)
+
+
 def test_gradient_push_takes_no_other_channel(key):
     exact = dbo.channels.exact(dbo.mixing.mixer(RING))
     with pytest.raises(ValueError, match=r"keeps values.*gradient_tracking"):
