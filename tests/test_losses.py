@@ -56,12 +56,6 @@ def test_losses_that_do_not_return_to_their_sender_move_the_solution():
     """All agree, on the wrong point: rows sum to one, columns do not."""
     wrong = dbo.channels.changing(_receivers_make_up(RING, 0.2))
     state, norms = _norms("tracking", wrong, 1200)
-    print(
-        dbo.consensus_error(state.x),
-        norms[-200:].min(),
-        norms[-200:].max(),
-        dbo.trees.norm(state.strategies["x"].tracker),
-    )
     assert float(dbo.consensus_error(state.x)) < 1e-6
     assert norms[-200:].min() > 0.1
     # The trackers are at rest, and no longer tell of the directions.
