@@ -23,6 +23,9 @@ bench:
 	$(PYTHON) benchmarks/product.py
 	$(PYTHON) benchmarks/oracle_complexity.py
 	$(PYTHON) benchmarks/run_overhead.py
+	$(PYTHON) benchmarks/compare.py
+	$(PYTHON) benchmarks/size.py
+	$(PYTHON) benchmarks/reproduce/sparkle.py
 	$(PYTHON) benchmarks/reproduce/cdadam.py
 	$(PYTHON) benchmarks/reproduce/csoba.py
 	$(PYTHON) benchmarks/hypergradients.py

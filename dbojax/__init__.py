@@ -9,6 +9,7 @@ from dbojax import comparison as comparison
 from dbojax import compressors as compressors
 from dbojax import hypergradients as hypergradients
 from dbojax import mixing as mixing
+from dbojax import networks as networks
 from dbojax import optim as optim
 from dbojax import oracles as oracles
 from dbojax import plots as plots
@@ -27,6 +28,7 @@ from dbojax.base import Hypergradient as Hypergradient
 from dbojax.base import Indexed as Indexed
 from dbojax.base import Metrics as Metrics
 from dbojax.base import Mix as Mix
+from dbojax.base import Network as Network
 from dbojax.base import Oracle as Oracle
 from dbojax.base import Participation as Participation
 from dbojax.base import Problem as Problem

@@ -183,6 +183,27 @@ class Mix(NamedTuple):
     symmetric: bool = True  # whether W is known to be, or is traced
 
 
+class Network(NamedTuple):
+    """A graph whose weights may change from exchange to exchange.
+
+    Its slots are those of all links that there ever are, both ways. Slot 0 of node
+    ``i`` is ``i`` itself, then come those whom it hears and those who only hear it;
+    what is left over is filled with ``i`` at weight zero.
+    """
+
+    nodes: np.ndarray  # (n, K), int32: who is in the slots of each node
+    reverse: np.ndarray  # (n, K), int32: the slot of i at nodes[i, k]
+    # (key, step) -> (n, K), the entries of W in these slots. Columns of W sum to one,
+    # and every node keeps a part of its own.
+    weights: Callable[[jax.Array, jax.Array], jax.Array]
+    # Directed links that get a message in an exchange, the busiest one where they
+    # differ; lost messages count, for they were sent.
+    links: int
+    heard: int  # slots, the first ones, that ever have a weight
+    symmetric: bool  # whether every W is
+    doubly: bool  # whether the rows of every W sum to one as well
+
+
 class Channel(NamedTuple):
     """How the values of all nodes travel: one exchange."""
 
@@ -190,9 +211,13 @@ class Channel(NamedTuple):
     init: Callable[[Tree], State]
     # send(key, v, state, mask=None) -> (what each node holds then, state, Traffic)
     send: Callable[..., tuple[Tree, State, Traffic]]
-    mix: Mix | None = None  # what it was built on
+    mix: Mix | None = None  # what it was built on, where that stays as it is
     # Whether all nodes hold the same, an estimate of the mean, after `send`.
     averages: bool = False
+    # Whether it keeps sums but no values, so that equal ones do not stay equal: for
+    # `gradient_push` alone.
+    pushes: bool = False
+    network: Network | None = None  # what it was built on, where that may change
 
 
 class Strategy(NamedTuple):
@@ -296,7 +321,7 @@ def is_connected(adjacency: np.ndarray) -> bool:
     return reaches_all(edges) and reaches_all(edges.T)
 
 
-def _tolerance(w) -> float:
+def weight_tolerance(w) -> float:
     """How far sums may be off one: the weights may come rounded to float32."""
     dtype = np.asarray(w).dtype
     rounding = 8 * np.finfo(dtype).eps if dtype.kind == "f" else 0.0
@@ -322,7 +347,7 @@ def check_mixing_matrix(w: np.ndarray) -> np.ndarray:
         ...
         ValueError: The graph of this mixing matrix is not connected: ...
     """
-    tolerance = _tolerance(w)
+    tolerance = weight_tolerance(w)
     w = np.asarray(w, dtype=np.float64)
     if w.ndim != 2 or w.shape[0] != w.shape[1] or not w.size:
         raise ValueError(f"A mixing matrix is square, (n, n); got shape {w.shape}.")

@@ -17,9 +17,6 @@ from jax.core import Tracer
 from dbojax import trees
 from dbojax.base import Mix, Tree, check_mixing_matrix
 
-_UNROLLED = 16  # neighbour slots that are written out; more are scanned in chunks
-_CHUNK = 8
-
 
 class _Neighbours(NamedTuple):
     """Who each node hears, itself included; padded with itself at weight zero."""
@@ -44,32 +41,6 @@ def _links(w: np.ndarray) -> int:
 
 def _is_symmetric(w: np.ndarray) -> bool:
     return bool(np.abs(w - w.T).max(initial=0) < 1e-8)
-
-
-def _column(weights, leaf):
-    """Weights of one slot, (n,), shaped and typed to multiply ``leaf``, (n, ...)."""
-    return jnp.asarray(weights, leaf.dtype).reshape((-1,) + (1,) * (leaf.ndim - 1))
-
-
-def _island(product):
-    """Keep the compiler from fusing ``product`` with what comes before and after.
-
-    On CPU it would compute what is gathered anew for each reader: two exchanges in a
-    row then cost up to ten times their sum. A branch is a border to it; the condition
-    always holds, which the compiler cannot know.
-    """
-
-    def bordered(leaf):
-        if not leaf.size:
-            return leaf
-        first = leaf.reshape(-1)[0]
-        certain = (first == first) | jnp.isnan(first)
-        return jax.lax.cond(certain, product, lambda leaf: leaf, leaf)
-
-    def either(leaf):
-        return jax.lax.platform_dependent(leaf, cpu=bordered, default=product)
-
-    return either
 
 
 def _mix(
@@ -170,30 +141,12 @@ def neighbours(w: np.ndarray) -> Mix:
     w = np.asarray(w, dtype=np.float64)
     table = _neighbours(w)
 
-    def gathered(leaf, index, weights):
-        slots = range(index.shape[1])
-        return sum(_column(weights[:, k], leaf) * leaf[index[:, k]] for k in slots)
-
-    def chunked(leaf):
-        chunks = -(-table.nodes.shape[1] // _CHUNK)
-        padding = ((0, 0), (0, chunks * _CHUNK - table.nodes.shape[1]))
-        index, weights = (
-            np.pad(part, padding).reshape(-1, chunks, _CHUNK).swapaxes(0, 1)
-            for part in table
-        )
-
-        def add(total, chunk):
-            return total + gathered(leaf, *chunk), None
-
-        parts = jnp.asarray(index), jnp.asarray(weights)
-        return jax.lax.scan(add, jnp.zeros_like(leaf), parts)[0]
-
     def product(leaf):
-        if table.nodes.shape[1] > _UNROLLED:
-            return chunked(leaf)
-        return gathered(leaf, *table)
+        return trees.gathered(leaf, *table)
 
-    return _mix(len(w), _island(product), table, _links(w), symmetric=_is_symmetric(w))
+    return _mix(
+        len(w), trees.island(product), table, _links(w), symmetric=_is_symmetric(w)
+    )
 
 
 def dense(w: np.ndarray | jax.Array, links: int | None = None) -> Mix:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dbojax.base import Participation, Tree
+
+_UNROLLED = 16  # neighbour slots that are written out; more are scanned in chunks
+_CHUNK = 8
 
 
 def num_nodes(tree: Tree, name: str = "tree") -> int:
@@ -182,6 +187,17 @@ def node_keys(key: jax.Array, n: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
 
 
+def pair_keys(
+    key: jax.Array, first: np.ndarray | jax.Array, second: np.ndarray | jax.Array
+) -> jax.Array:
+    """One key per pair of nodes, a function of ``(key, pair)`` alone: (n, K)."""
+
+    def one(a, b):
+        return jax.random.fold_in(jax.random.fold_in(key, a), b)
+
+    return jax.vmap(jax.vmap(one))(first, second)
+
+
 def participation(key: jax.Array, n: int, count: int) -> Participation:
     """Draw which ``count`` of ``n`` workers take part in a round, all sets alike.
 
@@ -218,6 +234,71 @@ def where(rows: jax.Array | None, tree: Tree, otherwise: Tree) -> Tree:
         return jnp.where(rows.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)
 
     return jax.tree.map(choose, tree, otherwise)
+
+
+def column(weights: np.ndarray | jax.Array, leaf: jax.Array) -> jax.Array:
+    """One weight per node, (n,), shaped and typed to multiply ``leaf``, (n, ...)."""
+    return jnp.asarray(weights, leaf.dtype).reshape((-1,) + (1,) * (leaf.ndim - 1))
+
+
+def gathered(
+    leaf: jax.Array,
+    nodes: np.ndarray | jax.Array,
+    weights: np.ndarray | jax.Array,
+    less: jax.Array | None = None,
+) -> jax.Array:
+    r"""Weighted sum over neighbour slots, :math:`\sum_k w_{ik} (v_{j(i, k)} - u_i)`.
+
+    Args:
+        leaf: v, ``(n, ...)``.
+        nodes: j, ``(n, K)``.
+        weights: w, ``(n, K)``.
+        less: u, ``(n, ...)``; None is zero.
+    """
+
+    def total(nodes, weights):
+        def term(k):
+            heard = leaf[nodes[:, k]]
+            heard = heard if less is None else heard - less
+            return column(weights[:, k], leaf) * heard
+
+        return sum(map(term, range(1, nodes.shape[1])), start=term(0))
+
+    slots = nodes.shape[1]
+    if slots <= _UNROLLED:
+        return total(nodes, weights)
+    chunks = -(-slots // _CHUNK)
+
+    def chunked(part):
+        padded = jnp.pad(part, ((0, 0), (0, chunks * _CHUNK - slots)))
+        return padded.reshape(-1, chunks, _CHUNK).swapaxes(0, 1)
+
+    def add(sum_, chunk):
+        return sum_ + total(*chunk), None
+
+    parts = chunked(nodes), chunked(weights)
+    return jax.lax.scan(add, jnp.zeros_like(leaf), parts)[0]
+
+
+def island(product: Callable[[jax.Array], jax.Array]) -> Callable:
+    """Keep the compiler from fusing ``product`` with what comes before and after.
+
+    On CPU it would compute what is gathered anew for each reader: two exchanges in a
+    row then cost up to ten times their sum. A branch is a border to it; the condition
+    always holds, which the compiler cannot know.
+    """
+
+    def bordered(leaf):
+        if not leaf.size:
+            return leaf
+        first = leaf.reshape(-1)[0]
+        certain = (first == first) | jnp.isnan(first)
+        return jax.lax.cond(certain, product, lambda leaf: leaf, leaf)
+
+    def either(leaf):
+        return jax.lax.platform_dependent(leaf, cpu=bordered, default=product)
+
+    return either
 
 
 def one_node(tree: Tree) -> Tree:

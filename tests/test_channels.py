@@ -249,3 +249,14 @@ def test_bad_settings_say_what_to_write(key):
         dbo.channels.reference_point(mix, dbo.compressors.top_k, 0.5)
     with pytest.raises(ValueError, match="takes no mask"):
         channel.send(key, jnp.ones((toys.N, 2)), (), mask=jnp.ones((toys.N, 1)))
+
+
+def test_a_compiled_start_does_not_mix_zeros_at_compile_time():
+    """The compiler would do it one by one: minutes for thousands of nodes."""
+    w = dbo.topology.uniform(dbo.topology.exponential(100))
+    channel = dbo.channels.reference_point(
+        dbo.mixing.neighbours(w), dbo.compressors.top_k(2), gamma=0.5
+    )
+    program = jax.jit(lambda: channel.init(jnp.zeros((100, 30)))).lower().compile()
+    assert "gather(" in program.as_text()
+    assert not program().mixed_hat.any()

@@ -142,6 +142,33 @@ def test_local_methods_equal_loops_over_nodes_and_edges(name, graph):
     assert (metrics.calls.gradients, metrics.calls.products) == (3, 4)
 
 
+def test_compression_composes_with_the_trackers_of_mdbo():
+    """Reference points that lose nothing are the exact channel; others keep means."""
+    task, mix = toys.task(), dbo.mixing.mixer(GRAPHS["ring"])
+
+    def method(compressor):
+        def wire(gamma):
+            return dbo.channels.reference_point(mix, compressor, gamma)
+
+        return dbo.algorithms.mdbo(
+            task.problem,
+            channel=wire(ETA),
+            tracker_channel=wire(1.0),
+            average=0.9 * ETA,
+            **SETTINGS,
+        )
+
+    state, _ = toys.run(method(dbo.compressors.identity()), task, 5)
+    nodes = toys.reference_nodes(task)
+    _assert_point(state, twins.mdbo(nodes, GRAPHS["ring"], 5, a=0.9, **TWIN))
+    state, metrics = toys.run(method(dbo.compressors.top_k(2)), task, 5)
+    moved = state.strategies["y"]
+    tracker = moved.strategy.tracker
+    np.testing.assert_allclose(tracker.mean(0), moved.average.mean(0), atol=1e-12)
+    # Two values of eight bytes and their positions of one, in four messages.
+    assert metrics.traffic.message == 4 * 2 * (8 + 1)
+
+
 def test_the_random_power_is_uniform():
     """One of J + 1 values, all as likely, whose mean is J / (J + 1) of the series."""
     task, terms, draws = toys.task(), 3, 4000

@@ -69,7 +69,7 @@ def _slow(name, w, targets, steps):
             v = w @ (v - STEP * tracker)
         else:
             tracker = w @ tracker + change
-            semi = name == "tracking_semi_atc"
+            semi = name in ("tracking_semi_atc", "gradient_push")
             v = w @ (v - STEP * tracker) if semi else w @ v - STEP * tracker
     return v
 
@@ -88,7 +88,7 @@ def _slow_dual(name, w, v, d, dual, first):
 )
 def test_update_lines(name, graph):
     targets = _targets()
-    strategy = STRATEGIES[name](_exact(graph), optax.sgd(STEP))
+    strategy = STRATEGIES[name](toys.wire(name, GRAPHS[graph]), optax.sgd(STEP))
     v, _ = _descend(strategy, targets, 5)
     slow = _slow(name, GRAPHS[graph], np.asarray(targets), 5)
     np.testing.assert_allclose(v, slow, atol=1e-13)
@@ -97,14 +97,15 @@ def test_update_lines(name, graph):
 WITHOUT_BIAS = [
     (name, graph)
     for name, graph in OVER_GRAPHS
-    if name in (*TRACKING, *toys.SYMMETRIC_ONLY)
+    if name in (*TRACKING, *toys.SYMMETRIC_ONLY, "gradient_push")
 ]
 
 
 @pytest.mark.parametrize(("name", "graph"), WITHOUT_BIAS)
 def test_what_corrects_the_bias_reaches_the_mean(name, graph):
     targets = _targets()
-    v, _ = _descend(STRATEGIES[name](_exact(graph), optax.sgd(STEP)), targets, 2000)
+    strategy = STRATEGIES[name](toys.wire(name, GRAPHS[graph]), optax.sgd(STEP))
+    v, _ = _descend(strategy, targets, 2000)
     mean = jnp.broadcast_to(targets.mean(0)[None], targets.shape)
     np.testing.assert_allclose(v, mean, atol=1e-10)
 
@@ -139,7 +140,7 @@ def test_the_trackers_mean_is_the_directions_mean(compressor, name):
 @pytest.mark.parametrize("n", [1, toys.N])
 def test_one_node_and_full_averaging_are_plain_descent(name, n):
     targets = _targets(n)
-    channel = dbo.channels.exact(dbo.mixing.averaging(n))
+    channel = toys.wire(name, np.full((n, n), 1 / n))
     v, _ = _descend(STRATEGIES[name](channel, optax.sgd(STEP)), targets, 9)
     central, r = np.zeros(4), np.zeros(4)
     for _ in range(9):
@@ -154,7 +155,7 @@ def test_any_optax_transform_makes_the_local_step(name):
     """Adam on every node by itself, on trees, with a schedule."""
     n = toys.N
     tx = optax.adam(optax.exponential_decay(0.1, 10, 0.9))
-    move = STRATEGIES[name](_exact("complete"), tx)
+    move = STRATEGIES[name](toys.wire(name, GRAPHS["complete"]), tx)
     v = {"a": jnp.ones((n, 3)), "b": jnp.arange(n * 2.0).reshape(n, 2)}
     moved, state, _ = move.update(jax.random.key(0), v, v, move.init(v))
     again, _, _ = move.update(jax.random.key(0), moved, v, state)

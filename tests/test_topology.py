@@ -1,5 +1,7 @@
 """Graphs and weights: doubly stochastic, connected, with the gaps theory gives."""
 
+import functools
+
 import networkx
 import numpy as np
 import pytest
@@ -128,6 +130,27 @@ CALLS = {
     "hops": (lambda: topology.ring(5, 0), "hops >= 1"),
     "no node": (lambda: topology.complete(0), "at least one node"),
     "lazy": (lambda: topology.lazy(np.eye(2), 1.0), "keep"),
+    "one way": (
+        lambda: topology.push_weights(np.triu(np.ones((3, 3)), 1)),
+        "path from every node",
+    ),
+    "no peer": (lambda: topology.one_peer_exponential(0), "n >= 1 nodes, got n=0"),
+    "directed pairs": (
+        lambda: topology.random_matchings(topology.exponential(5), 3, 0),
+        r"`a \| a\.T`",
+    ),
+    "pairs apart": (
+        lambda: topology.random_matchings(np.eye(4), 3, 0),
+        "connected graph",
+    ),
+    "few pairs": (
+        lambda: topology.random_matchings(topology.star(6), 4, 0),
+        "raise `steps` above 4",
+    ),
+    "no pairs": (
+        lambda: topology.random_matchings(topology.ring(4), 0, 0),
+        "steps >= ",
+    ),
     "two islands": (
         lambda: topology.metropolis(np.kron(np.eye(2), topology.complete(2))),
         "not connected",
@@ -140,3 +163,44 @@ def test_bad_settings_say_what_to_write(case):
     call, message = CALLS[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 16])
+def test_a_turn_of_one_peer_graphs(n):
+    ws = topology.one_peer_exponential(n)
+    assert len(ws) == max(1, np.ceil(np.log2(n)))
+    np.testing.assert_array_equal(ws.sum(axis=1), 1)
+    np.testing.assert_array_equal(ws.sum(axis=2), 1)
+    assert ((ws > 0).sum(axis=2) <= 2).all()
+    reach = (ws.sum(axis=0) > 0) & ~np.eye(n, dtype=bool)
+    np.testing.assert_array_equal(reach, topology.exponential(n))
+    whole_turn = functools.reduce(np.matmul, ws)
+    exact = np.abs(whole_turn - 1 / n).max() < 1e-15
+    assert exact == (n & (n - 1) == 0)
+
+
+@pytest.mark.parametrize("graph", ["ring", "star", "erdos_renyi"])
+def test_matchings_average_in_pairs_of_neighbours(graph):
+    adjacency = UNDIRECTED[graph]
+    ws = topology.random_matchings(adjacency, 30, seed=1)
+    np.testing.assert_array_equal(ws, topology.random_matchings(adjacency, 30, seed=1))
+    paired = (ws > 0) & ~np.eye(len(adjacency), dtype=bool)
+    assert not (paired & ~adjacency).any()
+    for w, pairs in zip(ws, paired, strict=True):
+        topology.check(0.5 * w + 0.5 / len(w))  # doubly stochastic
+        np.testing.assert_array_equal(w @ w, w)
+        free = ~pairs.any(axis=1)
+        assert not adjacency[np.ix_(free, free)].any()
+    assert topology.is_connected(paired.any(axis=0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 10**6))
+def test_push_weights_share_equally_among_hearers(n, seed):
+    edges = np.roll(np.eye(n, dtype=bool), 1, axis=1)
+    edges |= np.random.default_rng(seed).random((n, n)) < 0.3
+    a = topology.push_weights(edges)
+    np.testing.assert_allclose(a.sum(axis=0), 1, atol=1e-15)
+    np.testing.assert_array_equal(a > 0, edges | np.eye(n, dtype=bool))
+    for column in a.T:
+        assert len({*column} - {0.0}) == 1

@@ -91,9 +91,18 @@ def graphs():
     }
 
 
-def fits(strategy, graph):
-    """Whether a strategy takes the weights of a graph."""
-    return strategy not in SYMMETRIC_ONLY or graph != "exponential"
+def fits(part, other):
+    """Whether a strategy or a channel takes the weights of a graph, or a compressor."""
+    if part in (*SYMMETRIC_ONLY, *LOSSY):
+        return other != "exponential"
+    return part != "gradient_push" or other not in compressors()
+
+
+def wire(strategy, w):
+    """The exact channel that a strategy takes."""
+    if strategy == "gradient_push":
+        return dbo.channels.push(dbo.networks.fixed(w))
+    return dbo.channels.exact(dbo.mixing.mixer(w))
 
 
 def star_cover(first, second):
@@ -104,6 +113,7 @@ def star_cover(first, second):
 
 DUAL_GAIN = 0.1  # small enough for biased compressors
 SYMMETRIC_ONLY = ("extra", "exact_diffusion", "nids")
+LOSSY = ("changing", "changing_reference_point")  # a fifth of the links fails
 
 
 def strategies():
@@ -120,11 +130,18 @@ def strategies():
         "tracking_semi_atc": s.gradient_tracking_semi_atc,
         "tracking_atc": s.gradient_tracking_atc,
         **dual,
+        "gradient_push": s.gradient_push,
         "allreduce": s.allreduce,
         "moving_average": lambda channel, tx: s.moving_average(
             s.gradient_tracking(channel, tx), 0.5
         ),
     }
+
+
+def steps(task, upper, lower):
+    """Step sizes as shares of 1 / smoothness of Psi and of the local g."""
+    psi = np.linalg.eigvalsh(jax.hessian(task.exact.value)(task.x0)).max()
+    return upper / psi, lower / np.linalg.eigvalsh(task.batch.lower.a).max()
 
 
 def single_loop(task, strategy, channel, upper_step, lower_step):

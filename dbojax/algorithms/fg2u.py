@@ -30,6 +30,7 @@ from dbojax.base import (
 )
 from dbojax.hypergradients import ForwardGradient
 from dbojax.hypergradients.inner import upper_batch
+from dbojax.strategies.common import check_channel
 
 
 class ScalarState(NamedTuple):
@@ -68,6 +69,7 @@ def fg2u_shared(
         batch of type ``Rounds`` gives each inner step its own samples.
 
     Raises:
+        ValueError: if the channel keeps sums but no values, as ``dbo.channels.push``.
         TypeError: if a part is of another kind.
 
     Examples:
@@ -86,6 +88,7 @@ def fg2u_shared(
     trees.check_type(
         channel, Channel, "channel", "dbo.channels.server(dbo.mixing.averaging(n))"
     )
+    check_channel(channel, "channel")
     rebuild = jax.vmap(scalars.combine, (None, 0, 0))
 
     def init(x):

@@ -176,7 +176,7 @@ def d_soba(
         ValueError, TypeError: as :func:`sparkle`.
 
     References:
-        JMLR 26, 25-0677 (2025), D-SOBA, as recalled: our
+        Kong, Zhu, Lu, Huang and Yuan (2025), JMLR 26(240), D-SOBA, as recalled: our
         formulation.
     """
     return sparkle(

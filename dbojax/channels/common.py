@@ -51,3 +51,13 @@ def check_contraction(compressor, name, argument="compressor"):
             f"`{name}` needs a contraction, but this compressor declares no `delta`. "
             "Wrap an unbiased one as `dbo.compressors.scaled(compressor)`."
         )
+
+
+def no_mask(mask, name):
+    """Refuse a mask: neighbours exchange in every round."""
+    if mask is not None:
+        raise ValueError(
+            f"`{name}` exchanges with all neighbours in every round and takes no mask; "
+            "leave `mask`, or `participants` of `compose`, out, or use a channel with "
+            "a server, e.g. `dbo.channels.server(dbo.mixing.averaging(n))`."
+        )

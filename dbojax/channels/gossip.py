@@ -14,6 +14,7 @@ from dbojax.channels.common import (
     check_gamma,
     check_mix,
     compressed,
+    no_mask,
 )
 
 _BLOCKS = 64  # exchanges after which a running sum has been mixed anew, about
@@ -52,7 +53,7 @@ def exact(mix: Mix, gamma: float = 1.0) -> Channel:
 
     def send(key, v, state, mask=None):
         del key
-        _no_mask(mask, "exact")
+        no_mask(mask, "exact")
         held = _relax(v, v, mix.apply(v), gamma)
         return held, state, _traffic(mix, v)
 
@@ -118,10 +119,12 @@ def reference_point(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
     def init(known):
         trees.check_nodes(known, mix.weights.shape[0], "known")
         memory = mix.lift(compressor.init)(known)
-        return ReferencePointState(known, mix.apply(known), memory)
+        # The zeros of a tracker would be mixed by the compiler, for minutes if large.
+        mixed = mix.apply(jax.lax.optimization_barrier(known))
+        return ReferencePointState(known, mixed, memory)
 
     def send(key, v, state, mask=None):
-        _no_mask(mask, "reference_point")
+        no_mask(mask, "reference_point")
         difference = jax.tree.map(jnp.subtract, v, state.hat)
         payload, memory = compressed(mix, compressor, key, difference, state.compressor)
         memories = state.hat, state.mixed_hat
@@ -173,7 +176,7 @@ def error_feedback(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
         return ErrorFeedbackState(zeros, mix.lift(compressor.init)(known))
 
     def send(key, v, state, mask=None):
-        _no_mask(mask, "error_feedback")
+        no_mask(mask, "error_feedback")
         target = jax.tree.map(jnp.add, v, state.residual)
         payload, memory = compressed(mix, compressor, key, target, state.compressor)
         zeros = jax.tree.map(jnp.zeros_like, v)
@@ -262,12 +265,3 @@ def _is_one(gamma) -> bool:
 def _traffic(mix, payload) -> Traffic:
     message = trees.nbytes(trees.one_node(payload))
     return Traffic(message, message * mix.links, rounds=1)
-
-
-def _no_mask(mask, name):
-    if mask is not None:
-        raise ValueError(
-            f"`{name}` exchanges with all neighbours in every round and takes no mask; "
-            "leave `mask`, or `participants` of `compose`, out, or use a channel with "
-            "a server, e.g. `dbo.channels.server(dbo.mixing.averaging(n))`."
-        )

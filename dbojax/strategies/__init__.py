@@ -12,6 +12,7 @@ from dbojax.strategies.momentum import gossiped_average as gossiped_average
 from dbojax.strategies.primal_dual import exact_diffusion as exact_diffusion
 from dbojax.strategies.primal_dual import extra as extra
 from dbojax.strategies.primal_dual import nids as nids
+from dbojax.strategies.push import gradient_push as gradient_push
 from dbojax.strategies.tracking import gradient_tracking as gradient_tracking
 from dbojax.strategies.tracking import gradient_tracking_atc as gradient_tracking_atc
 from dbojax.strategies.tracking import (

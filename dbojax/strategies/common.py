@@ -35,8 +35,15 @@ def check_strategy(strategy, name):
 
 
 def check_channel(channel, name):
-    """Refuse what is not a channel."""
+    """Refuse what is not a channel, or one that keeps sums but no values."""
     trees.check_type(channel, Channel, name, "dbo.channels.exact(mix)")
+    if channel.pushes:
+        raise ValueError(
+            f"`{name}` hands out shares and keeps no values, so that equal ones drift "
+            "apart; it is for `dbo.strategies.gradient_push(channel, optimizer)` "
+            "alone. Here write `dbo.channels.changing(network)`, which needs a network "
+            "whose rows sum to one."
+        )
 
 
 def check_parts(channel, optimizer):

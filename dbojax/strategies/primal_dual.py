@@ -212,7 +212,8 @@ def _checked(channel, optimizer, dual_gain, name):
     check_parts(channel, optimizer)
     if isinstance(dual_gain, int | float) and not dual_gain > 0:
         raise ValueError(f"`{name}` needs a dual_gain > 0, got {dual_gain}.")
-    if channel.mix is not None and not channel.mix.symmetric:
+    graphs = [part for part in (channel.mix, channel.network) if part is not None]
+    if not all(graph.symmetric for graph in graphs):
         raise ValueError(
             f"`{name}` needs symmetric weights, and those of this channel are not. "
             "Write `dbo.topology.metropolis(a | a.T)`, or use "

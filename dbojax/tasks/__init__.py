@@ -10,6 +10,7 @@ from dbojax.tasks import pde as pde
 from dbojax.tasks import readers as readers
 from dbojax.tasks import representations as representations
 from dbojax.tasks import samplers as samplers
+from dbojax.tasks import sparse as sparse
 from dbojax.tasks import spectral as spectral
 from dbojax.tasks.classification import coefficient_tuning as coefficient_tuning
 from dbojax.tasks.classification import hyper_cleaning as hyper_cleaning
@@ -30,11 +31,15 @@ from dbojax.tasks.single_level import SingleLevel as SingleLevel
 from dbojax.tasks.single_level import logistic_regression as logistic_regression
 from dbojax.tasks.task import ClosedForm as ClosedForm
 from dbojax.tasks.task import Task as Task
+from dbojax.tasks.text import newsgroups as newsgroups
+from dbojax.tasks.text import sparse_coefficient_tuning as sparse_coefficient_tuning
+from dbojax.tasks.text import sparse_text as sparse_text
 
 NAMES: dict[str, Callable[..., Task]] = {
     "quadratic": quadratic,
     "worker_quadratic": worker_quadratic,
     "coefficient_tuning": coefficient_tuning,
+    "sparse_coefficient_tuning": sparse_coefficient_tuning,
     "hyper_cleaning": hyper_cleaning,
     "hyper_representation": hyper_representation,
     "federated_toy": federated_toy,

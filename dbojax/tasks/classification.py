@@ -15,6 +15,7 @@ from dbojax.tasks import data
 from dbojax.tasks.data import Numbered, Samples, Shards
 from dbojax.tasks.representations import mlp, started
 from dbojax.tasks.samplers import minibatches, paired
+from dbojax.tasks.sparse import product
 from dbojax.tasks.task import Task, at_mean
 
 
@@ -109,6 +110,7 @@ def coefficient_tuning(
 
     Args:
         shards: the data; by default scikit-learn's digits, dealt out to ten nodes.
+            Its inputs may be sparse, from ``dbo.tasks.sparse.distribute``.
         ridge: :math:`c_r`.
         corruption: the probability that a training label is replaced by a uniform one,
             which may be the true one; validation and test labels stay clean.
@@ -145,7 +147,7 @@ def coefficient_tuning(
 
     def logits(x, y, inputs):
         del x
-        return inputs @ y
+        return product(inputs, y)
 
     def penalty(x, y):
         return ridge / (c * d) * jnp.sum(jnp.exp(x)[:, None] * y**2)
@@ -263,7 +265,7 @@ def hyper_cleaning(
 
     def logits(x, y, inputs):
         del x
-        return inputs @ y
+        return product(inputs, y)
 
     def lower(x, y, batch):
         if not isinstance(batch, Numbered):
@@ -272,7 +274,7 @@ def hyper_cleaning(
                 f"`Numbered`, got `{type(batch).__name__}`. Take it from `task.batch` "
                 "or `task.sampler`."
             )
-        losses = _losses(batch.inputs @ y, batch)
+        losses = _losses(product(batch.inputs, y), batch)
         weighed = masked_mean(jax.nn.sigmoid(x[batch.ids]) * losses, batch.mask)
         return weighed + ridge * jnp.sum(y**2)
 

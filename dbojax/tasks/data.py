@@ -28,7 +28,7 @@ class Dataset(NamedTuple):
 class Samples(NamedTuple):
     """Labelled samples padded to one length; a node axis may come first."""
 
-    inputs: jax.Array | np.ndarray  # (m, d), zero where padded
+    inputs: Any  # (m, d), an array or `sparse.SparseRows`, zero where padded
     labels: jax.Array | np.ndarray  # (m,), int32
     mask: jax.Array | np.ndarray  # (m,), True for a true sample
 
@@ -36,7 +36,7 @@ class Samples(NamedTuple):
 class Numbered(NamedTuple):
     """Samples that know their numbers, for variables with an entry per sample."""
 
-    inputs: jax.Array | np.ndarray  # as in `Samples`
+    inputs: Any  # as in `Samples`
     labels: jax.Array | np.ndarray
     mask: jax.Array | np.ndarray
     ids: jax.Array | np.ndarray  # (m,), int32, counted over all nodes; zero if padded
@@ -332,6 +332,37 @@ def _unit_scale(train):
     return lambda inputs: (inputs - low) / width
 
 
+def check_test(test: Any, dataset: Any) -> None:
+    """Refuse a test set with other features or classes; None is none."""
+    if test is None:
+        return
+    found, wanted = ((s.inputs.shape[1], s.num_classes) for s in (test, dataset))
+    if found != wanted:
+        raise ValueError(
+            f"`test` has {found[0]} features and {found[1]} classes, "
+            f"{dataset.name!r} {wanted[0]} and {wanted[1]}. Read both in the same "
+            "way: LIBSVM files with one `d`, and the same labels in both."
+        )
+
+
+def levels(
+    dataset: Any, n: int, fractions: Sequence[float], rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Indices of training, validation and the rest, enough of them for ``n`` nodes.
+
+    Raises:
+        ValueError: if training or validation has fewer samples than there are nodes.
+    """
+    train, validation, rest = split(dataset.labels, fractions, rng)
+    if min(len(train), len(validation)) < n:
+        raise ValueError(
+            f"{n} nodes need at least {n} samples each for training and validation; "
+            f"the fractions {tuple(fractions)} of {dataset.name!r} give {len(train)} "
+            f"and {len(validation)}."
+        )
+    return [train, validation, rest]
+
+
 def distribute(
     dataset: Dataset,
     n: int = 10,
@@ -367,22 +398,9 @@ def distribute(
         >>> shards.train.inputs.shape, shards.test.mask.shape
         ((5, 144, 64), (359,))
     """
-    if test is not None:
-        found, wanted = ((s.inputs.shape[1], s.num_classes) for s in (test, dataset))
-        if found != wanted:
-            raise ValueError(
-                f"`test` has {found[0]} features and {found[1]} classes, "
-                f"{dataset.name!r} {wanted[0]} and {wanted[1]}. Read both in the same "
-                "way: LIBSVM files with one `d`, and the same labels in both."
-            )
+    check_test(test, dataset)
     rng = np.random.default_rng(seed)
-    train, validation, rest = split(dataset.labels, fractions, rng)
-    if min(len(train), len(validation)) < n:
-        raise ValueError(
-            f"{n} nodes need at least {n} samples each for training and validation; "
-            f"the fractions {tuple(fractions)} of {dataset.name!r} give {len(train)} "
-            f"and {len(validation)}."
-        )
+    train, validation, rest = levels(dataset, n, fractions, rng)
     scale = _unit_scale(dataset.inputs[train])
 
     def dealt(part):

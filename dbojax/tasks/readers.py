@@ -1,4 +1,4 @@
-"""Data sets from files: IDX folders and LIBSVM text."""
+"""Data sets from files: IDX folders, CIFAR folders and LIBSVM text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dbojax.tasks.cifar import cifar as cifar
 from dbojax.tasks.data import Dataset, require
 
 _UNSIGNED_BYTES = b"\x00\x00\x08"

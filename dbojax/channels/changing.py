@@ -1,0 +1,270 @@
+"""Channels over networks: weights that change, messages that get lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dbojax import trees
+from dbojax.base import Channel, Compressor, Network, State, Traffic, Tree
+from dbojax.channels.common import check_contraction, check_gamma, no_mask
+
+
+class ExchangesState(NamedTuple):
+    """How many exchanges there were."""
+
+    step: jax.Array  # int32
+
+
+def changing(network: Network, gamma: float = 1.0) -> Channel:
+    r"""Send the values themselves over a graph that changes or loses messages.
+
+    .. math:: v_i \leftarrow v_i + \gamma \sum_j w_{ij}(t) (v_j - v_i)
+
+    The mean is kept whatever gets lost, and equal values stay equal.
+
+    Args:
+        network: doubly stochastic in every exchange, e.g.
+            ``dbo.networks.lossy(dbo.networks.fixed(w), 0.2)`` with a symmetric ``w``.
+        gamma: consensus step in (0, 1]; 1 returns ``W_t v``.
+
+    Returns:
+        A channel that counts its exchanges; a message is one node's dense value.
+
+    Raises:
+        ValueError: if ``gamma`` is not in (0, 1], or only the columns of the network's
+            matrices sum to one.
+        TypeError: if an argument is of another kind.
+
+    Examples:
+        >>> w = dbo.topology.metropolis(dbo.topology.ring(4))
+        >>> channel = changing(dbo.networks.lossy(dbo.networks.fixed(w), 0.5))
+        >>> v, key = jnp.array([0.0, 4.0, 0.0, 0.0]), jax.random.key(0)
+        >>> held, _, _ = jax.jit(channel.send)(key, v, channel.init(v))
+        >>> bool(jnp.allclose(held.mean(), v.mean()))
+        True
+    """
+    _check_network(network, "changing")
+    check_gamma(gamma, "changing")
+    if not network.doubly:
+        raise ValueError(
+            "`changing` needs a network whose rows sum to one in every exchange, else "
+            "equal values do not stay equal; this one is directed, or loses messages "
+            "one way. Use `dbo.channels.push(network)` with "
+            "`dbo.strategies.gradient_push`, or a symmetric `w`."
+        )
+
+    def send(key, v, state, mask=None):
+        no_mask(mask, "changing")
+        nodes, weights = _heard(network, _drawn(network, key, state))
+
+        def held(leaf):
+            # Differences: rounded rows, as those of short floats, keep equal values.
+            heard = trees.gathered(leaf, nodes, weights, less=leaf)
+            return leaf + trees.times(gamma, heard)
+
+        moved = jax.tree.map(trees.island(held), v)
+        return moved, _after(state), _traffic(network, v)
+
+    return Channel(_counter(network), send, network=network)
+
+
+def push(network: Network) -> Channel:
+    r"""Hand out shares of what each node has: sums are kept, values are not.
+
+    .. math:: v_i \leftarrow \sum_j a_{ij}(t) v_j, \qquad \sum_i a_{ij}(t) = 1
+
+    A node that many send to ends up with more than its share. Push-sum sends ones
+    along and divides by what becomes of them.
+
+    Args:
+        network: any; it may be directed and change, e.g.
+            ``dbo.networks.fixed(dbo.topology.push_weights(adjacency))``.
+
+    Returns:
+        A channel for ``dbo.strategies.gradient_push``, which no other strategy takes.
+
+    Raises:
+        TypeError: if ``network`` is not one.
+
+    Examples:
+        >>> edges = dbo.topology.exponential(5)
+        >>> edges[0, 1] = False
+        >>> channel = push(dbo.networks.fixed(dbo.topology.push_weights(edges)))
+        >>> held, key = (jnp.arange(5.0), jnp.ones(5)), jax.random.key(0)
+        >>> state, send = channel.init(held), jax.jit(channel.send)
+        >>> for _ in range(50):
+        ...     held, state, _ = send(key, held, state)
+        >>> bool(jnp.allclose(held[0] / held[1], 2.0)), bool(jnp.allclose(held[0], 2.0))
+        (True, False)
+
+    References:
+        Kempe, Dobra and Gehrke (2003), push-sum.
+    """
+    _check_network(network, "push")
+
+    def send(key, v, state, mask=None):
+        no_mask(mask, "push")
+        nodes, weights = _heard(network, _drawn(network, key, state))
+
+        def shares(leaf):
+            return trees.gathered(leaf, nodes, weights)
+
+        moved = jax.tree.map(trees.island(shares), v)
+        return moved, _after(state), _traffic(network, v)
+
+    return Channel(_counter(network), send, pushes=True, network=network)
+
+
+class LinkCopiesState(NamedTuple):
+    """What the ends of each link know of each other."""
+
+    # (n, K - 1, ...): of the node in each slot, without its own. Both ends hold it.
+    copies: Tree
+    compressor: State  # (n, K - 1, ...), the sender's
+    step: jax.Array  # int32
+
+
+def changing_reference_point(
+    network: Network, compressor: Compressor, gamma: float
+) -> Channel:
+    r"""Send compressed differences to copies that belong to single links.
+
+    Over the link from ``j`` to ``i`` both ends keep a copy :math:`\hat v_{ij}` of what
+    ``i`` knows of ``j``. An exchange does, on the links that are up,
+
+    .. math::
+        \hat v_{ij} \leftarrow \hat v_{ij} + C(v_j - \hat v_{ij}), \qquad
+        v_i \leftarrow v_i + \gamma \sum_j w_{ij}(t) (\hat v_{ij} - \hat v_{ji}),
+
+    and leaves the copies of all others as they are. What ``i`` gains ``j`` gives, so
+    the mean is kept exactly whatever gets lost. The one copy per node of
+    ``dbo.channels.reference_point`` would have to reach all neighbours or none.
+
+    A link that fails does so both ways, so a node that hears nothing knows that nothing
+    arrived. Memory: a node keeps two copies for every link, 2 degree values, where
+    ``reference_point`` keeps two in all.
+
+    Args:
+        network: symmetric, e.g. ``dbo.networks.lossy(dbo.networks.fixed(w), 0.2)``.
+        compressor: any contraction (its ``delta`` is known).
+        gamma: consensus step in (0, 1]; smaller for stronger compression.
+
+    Returns:
+        A channel whose message is the compressor's payload, another on each link.
+
+    Raises:
+        ValueError: if the network is not symmetric, ``gamma`` is not in (0, 1], or the
+            compressor declares no contraction.
+        TypeError: if an argument is of another kind.
+
+    Examples:
+        >>> w = dbo.topology.metropolis(dbo.topology.ring(4))
+        >>> network = dbo.networks.lossy(dbo.networks.fixed(w), 0.2)
+        >>> top = dbo.compressors.top_k(1)
+        >>> channel = changing_reference_point(network, top, gamma=0.5)
+        >>> v = jax.random.normal(jax.random.key(1), (4, 8))
+        >>> state, send = channel.init(0 * v), jax.jit(channel.send)
+        >>> held, _, _ = send(jax.random.key(0), v, state)
+        >>> bool(jnp.allclose(dbo.node_mean(held), dbo.node_mean(v), atol=1e-6))
+        True
+
+    References:
+        Our formulation of reference points, arXiv:1902.00340, for links that fail.
+    """
+    name = "changing_reference_point"
+    _check_network(network, name)
+    check_gamma(gamma, name)
+    check_contraction(compressor, name)
+    if not network.symmetric:
+        raise ValueError(
+            f"`{name}` needs a symmetric network, where what one end of a link gains "
+            "the other gives, e.g. of `dbo.topology.metropolis(adjacency)`; over this "
+            "one the mean would drift. Use `dbo.channels.push(network)` with "
+            "`dbo.strategies.gradient_push`."
+        )
+    senders, back = network.nodes[:, 1:], network.reverse[:, 1:] - 1
+    receivers = np.broadcast_to(np.arange(len(senders))[:, None], senders.shape)
+
+    def init(known):
+        trees.check_nodes(known, len(senders), "known")
+        copies = jax.tree.map(lambda leaf: leaf[senders], known)
+        step = jnp.zeros((), jnp.int32)
+        return LinkCopiesState(copies, _over_links(compressor.init)(copies), step)
+
+    def send(key, v, state, mask=None):
+        no_mask(mask, name)
+        weights = _drawn(network, key, state)[:, 1:]
+        keys = trees.pair_keys(jax.random.split(key)[1], senders, receivers)
+        news = jax.tree.map(lambda a, c: a[senders] - c, v, state.copies)
+        payload, memory = _over_links(compressor.compress)(keys, news, state.compressor)
+        like = trees.one_node(trees.one_node(news))
+
+        def decode(message):
+            return compressor.decompress(message, like)
+
+        copies = jax.tree.map(jnp.add, state.copies, _over_links(decode)(payload))
+        copies = _where_up(weights, copies, state.copies)
+        memory = _where_up(weights, memory, state.compressor)
+
+        def held(leaf, copies):
+            flow = copies - copies[senders, back]
+            shape = weights.shape + (1,) * (leaf.ndim - 1)
+            flow = jnp.asarray(weights, leaf.dtype).reshape(shape) * flow
+            return leaf + trees.times(gamma, flow.sum(axis=1))
+
+        state = LinkCopiesState(copies, memory, state.step + 1)
+        message = trees.nbytes(trees.one_node(trees.one_node(payload)))
+        traffic = Traffic(message, message * network.links, rounds=1)
+        return jax.tree.map(held, v, copies), state, traffic
+
+    return Channel(init, send, network=network)
+
+
+def _over_links(f: Callable) -> Callable:
+    """``f`` on one link -> ``f`` on the links of all nodes, (n, K - 1, ...)."""
+    return jax.vmap(jax.vmap(f))
+
+
+def _where_up(weights, tree, otherwise):
+    """``tree`` on the links with a weight, ``otherwise`` on the others."""
+
+    def choose(a, b):
+        return jnp.where(weights.reshape(weights.shape + (1,) * (a.ndim - 2)) > 0, a, b)
+
+    return jax.tree.map(choose, tree, otherwise)
+
+
+def _drawn(network, key, state):
+    """Weights of this exchange: all channels draw alike from the same key."""
+    return network.weights(jax.random.split(key)[0], state.step)
+
+
+def _heard(network, weights):
+    """The slots that ever have a weight."""
+    return network.nodes[:, : network.heard], weights[:, : network.heard]
+
+
+def _counter(network):
+    def init(known):
+        trees.check_nodes(known, len(network.nodes), "known")
+        return ExchangesState(jnp.zeros((), jnp.int32))
+
+    return init
+
+
+def _after(state):
+    return state._replace(step=state.step + 1)
+
+
+def _traffic(network, v) -> Traffic:
+    message = trees.nbytes(trees.one_node(v))
+    return Traffic(message, message * network.links, rounds=1)
+
+
+def _check_network(network, name):
+    trees.check_type(network, Network, f"{name}(network)", "dbo.networks.fixed(w)")
