@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
         "compare", help="methods, graphs and data at equal tuning effort"
     ).add_argument
     add("--task", nargs="+", metavar="NAME", help=", ".join(comparison.studies()))
+    add("--fashion", type=Path, help="folder of Fashion-MNIST, for one task more")
     add("--methods", nargs="+", metavar="NAME", help=", ".join(comparison.roster()))
     add("--graphs", nargs="+", metavar="NAME", help=", ".join(GRAPHS))
     add("--h", nargs="+", type=float, help="heterogeneities in [0, 1]")
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         compare(options)
-    except ValueError as error:
+    except (ValueError, ImportError, FileNotFoundError) as error:
         print(f"dbojax compare: {error}", file=sys.stderr)
         return 2
     return 0
@@ -115,6 +116,8 @@ def compare(options: argparse.Namespace) -> list[comparison.Cell]:
         if getattr(options, name) is None:
             setattr(options, name, usual)
     studies, plan = _planned(options)
+    if not options.no_plots:
+        dbo.plots.check()  # not at the end of an hour
     options.out.mkdir(parents=True, exist_ok=True)
     cells, tuned, clock = _before(options, plan)
     done = {(cell.task, cell.label) for cell in cells}
@@ -174,7 +177,7 @@ def _outcomes(studies, plan, options, done):
 
 def _planned(options):
     """Studies and plan, all names and numbers checked before anything runs."""
-    known = comparison.studies()
+    known = comparison.studies(options.fashion)
     studies = chosen(options.task or [*known], known, "task")
     if options.methods:
         chosen(options.methods, comparison.roster(), "method")
@@ -213,7 +216,7 @@ def _head(plan: Plan) -> list[str]:
         f"dbojax {dbo.__version__}, jax {jax.__version__}, optax {optax.__version__}, "
         f"Python {platform.python_version()}; {device} ({os.cpu_count()} cores)",
         "",
-        f"{NODES} nodes, scikit-learn's digits, full batches; graphs: "
+        f"{NODES} nodes, full batches; graphs: "
         f"{', '.join(gaps)}; h = {', '.join(f'{h:g}' for h in plan.hs)}; "
         f"{len(plan.seeds)} seeds; {plan.steps} steps of a method with ten inner "
         f"rounds, {plan.steps} times its pace of a method without. Every method tries "

@@ -147,13 +147,24 @@ def _axes():
     return _subplots()[1]
 
 
-def _subplots(*shape, **more):
+def check() -> None:
+    """Refuse to start what ends with a picture where matplotlib is absent.
+
+    Raises:
+        ImportError: if matplotlib is absent.
+    """
     try:
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "`curves` needs matplotlib: pip install dbojax[plots]"
+            "Pictures need matplotlib: pip install dbojax[plots]"
         ) from error
+
+
+def _subplots(*shape, **more):
+    check()
+    import matplotlib.pyplot as plt
+
     return plt.subplots(*shape, layout="constrained", **more)
 
 

@@ -336,7 +336,7 @@ def test_all_entries_have_names_of_their_own():
 
 def test_the_command_writes_tables_files_and_pictures(tmp_path, capsys, monkeypatch):
     known = {"blobs": Study("blobs", deal)}
-    monkeypatch.setattr(comparison, "studies", lambda: known)
+    monkeypatch.setattr(comparison, "studies", lambda fashion=None: known)
     monkeypatch.setattr(comparison, "roster", lambda scales=None: ROSTER)
     monkeypatch.setattr(cli, "NODES", 4)
     options = "--methods d-soba --graphs star --h 0.5 --seeds 1 --tuning-seeds 1"
@@ -386,3 +386,24 @@ def test_without_a_command_it_shows_how_to_use_it(capsys):
     with pytest.raises(SystemExit):
         cli.main([])
     assert "compare" in capsys.readouterr().err
+
+
+def test_fashion_mnist_is_one_study_more_where_its_folder_is(tmp_path, capsys):
+    options = ["compare", "--fashion", str(tmp_path / "none"), "--no-plots"]
+    assert cli.main(options) == 2
+    assert "no folder" in capsys.readouterr().err
+    rng = np.random.default_rng(0)
+    for part, count in {"train": 80, "t10k": 30}.items():
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = rng.integers(256, size=(count, 3, 2), dtype=np.uint8)
+        for name, array in {"labels-idx1": labels, "images-idx3": images}.items():
+            head = bytes([0, 0, 8, array.ndim])
+            lengths = b"".join(size.to_bytes(4, "big") for size in array.shape)
+            path = tmp_path / f"{part}-{name}-ubyte"
+            path.write_bytes(head + lengths + array.tobytes())
+    known = comparison.studies(tmp_path)
+    assert [*known] == [*comparison.studies(), "fashion_representation"]
+    task = known["fashion_representation"].deal(0, 0.8)
+    assert task.n == 10
+    assert task.held.inputs.shape == (30, 6)
+    assert float(task.judge(task.x0, task.y0, task.batch, task.held)["test_loss"]) > 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ from dbojax.tasks import (
     hyper_representation,
     mlp,
 )
+from dbojax.tasks.readers import fashion_mnist
 from dbojax.tasks.task import Task
 
 
@@ -119,32 +122,65 @@ def digits(task: Callable[..., Task], n: int = 10) -> Callable[[int, float], Tas
         ``(seed, h) -> task``, where a fraction h of a node's samples come from a single
         class.
     """
+    return _dealt(task, lambda: (data.digits(), {}), n)
 
+
+def _dealt(task, source, n=10):
     def deal(seed, h):
         how = functools.partial(data.split_by_label, h=h)
-        return task(data.distribute(data.digits(), n=n, deal=how, seed=seed))
+        samples, more = source()
+        return task(data.distribute(samples, n=n, deal=how, seed=seed, **more))
 
     return deal
 
 
-def _seeded(task, **settings):
+def _seeded(task, source=lambda: (data.digits(), {}), **settings):
     """A task whose own draws (start, wrong labels) follow the seed of the dealing."""
 
     def deal(seed, h):
         own = functools.partial(task, seed=seed, **settings)
-        return digits(own)(seed, h)
+        return _dealt(own, source)(seed, h)
 
     return deal
 
 
-def studies() -> dict[str, Study]:
+def _clothes(path: Path):
+    """2000 pictures to train and validate on, and 1000 to judge by, always the same."""
+
+    @functools.cache
+    def source():
+        rng = np.random.default_rng(0)
+        train, test = (
+            _some(part, count, rng)
+            for part, count in zip(fashion_mnist(path), (2000, 1000), strict=True)
+        )
+        return train, {"test": test, "fractions": (0.5, 0.5, 0.0)}
+
+    return source
+
+
+def _some(dataset, count, rng):
+    kept = np.sort(rng.permutation(len(dataset.labels))[:count])
+    return dataset._replace(inputs=dataset.inputs[kept], labels=dataset.labels[kept])
+
+
+def studies(fashion: str | os.PathLike | None = None) -> dict[str, Study]:
     """The studies of the benchmark by name: scikit-learn's digits on ten nodes.
+
+    Args:
+        fashion: folder with the files of Fashion-MNIST, for one study more.
+
+    Returns:
+        Studies by name.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
 
     Examples:
         >>> sorted(studies())
         ['coefficient_tuning', 'hyper_cleaning', 'hyper_representation']
     """
-    found = (
+    found = [
         Study(
             "coefficient_tuning",
             digits(coefficient_tuning),
@@ -161,5 +197,11 @@ def studies() -> dict[str, Study]:
             _seeded(hyper_cleaning, ridge=0.02),
             Scales(upper=10000.0, lower=1.0, smoothness=1.5),
         ),
-    )
+    ]
+    if fashion is not None:
+        source = _clothes(Path(fashion))
+        source()  # says at once where files are missing
+        how = _seeded(hyper_representation, source, backbone=mlp((32, 16)))
+        scales = Scales(upper=0.1, lower=1.0, smoothness=1.0)
+        found.append(Study("fashion_representation", how, scales))
     return {study.name: study for study in found}
