@@ -70,7 +70,7 @@ class Phase(NamedTuple):
 
 
 class BilevelState(NamedTuple):
-    """State of a composed algorithm; all leaves but ``step`` are stacked."""
+    """State of a composed algorithm; x, y and z are stacked."""
 
     x: Tree
     y: Tree
