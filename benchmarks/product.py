@@ -38,7 +38,7 @@ STEPS = 4000
 UPPER, LOWER = 0.05, 0.3  # step sizes over 1 / smoothness of Psi and of the local g
 GAMMA = {"exact": 1.0, "reference_point": 0.4, "error_feedback": 0.4}
 DUAL_GAIN = 0.1  # small enough for biased compressors
-SYMMETRIC_ONLY = ("extra", "exact_diffusion", "nids")  # refuse directed graphs
+SYMMETRIC_ONLY = ("extra", "exact_diffusion", "nids")  # and without a server
 WITH_SERVER = ("server", "ef14", "ef21", "diana")  # all nodes hold the same after it
 
 
@@ -122,12 +122,14 @@ def graphs():
 def product():
     """All cases that can be built, as (strategy, channel, compressor, graph).
 
-    All-reduce refuses channels after which the nodes hold different values, and what
-    has duals refuses weights that are not symmetric.
+    All-reduce refuses channels after which the nodes hold different values; what has
+    duals refuses a server, and weights that are not symmetric.
     """
     for strategy, channel in itertools.product(strategies(), channels()):
         averages = channel in WITH_SERVER
         if strategy == "allreduce" and not averages and channel != "exact":
+            continue
+        if strategy in SYMMETRIC_ONLY and averages:
             continue
         complete = averages or strategy == "allreduce"
         for compressor in ["-"] if channel == "exact" else compressors():

@@ -181,6 +181,9 @@ class Mix(NamedTuple):
     local: bool = True
     averages: bool = False  # whether `apply` gives every node the mean
     symmetric: bool = True  # whether W is known to be, or is traced
+    # flow(v) = W v - v, taken from differences, so that rounding errors vanish with
+    # the disagreement; None where that cannot be had.
+    flow: Callable[[Tree], Tree] | None = None
 
 
 class Network(NamedTuple):
@@ -204,6 +207,12 @@ class Network(NamedTuple):
     doubly: bool  # whether the rows of every W sum to one as well
 
 
+class Clock(NamedTuple):
+    """Exchanges that a channel has seen; goes on where memories are forgotten."""
+
+    step: jax.Array  # int32
+
+
 class Channel(NamedTuple):
     """How the values of all nodes travel: one exchange."""
 
@@ -218,6 +227,9 @@ class Channel(NamedTuple):
     # `gradient_push` alone.
     pushes: bool = False
     network: Network | None = None  # what it was built on, where that may change
+    # As `send`, but returns what each node moves by; sums to zero over the nodes, also
+    # when rounded, as nodes agree. None where the mean that comes back is an estimate.
+    flow: Callable[..., tuple[Tree, State, Traffic]] | None = None
 
 
 class Strategy(NamedTuple):

@@ -58,6 +58,11 @@ def _mix(
     def exchange(payload):
         return jax.tree.map(lambda leaf: leaf[table.nodes], payload)
 
+    def flow(v: Tree) -> Tree:
+        # Rows of W sum to one, so that what all have in common may stay out.
+        apart = jax.tree.map(lambda leaf: leaf - leaf[:1], v)
+        return jax.tree.map(jnp.subtract, apply(apart), apart)
+
     def nodes():
         return jnp.arange(n)
 
@@ -71,6 +76,7 @@ def _mix(
         nodes,
         averages=averages,
         symmetric=symmetric,
+        flow=flow,
     )
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from dbojax import trees
 from dbojax.base import Network, is_connected, weight_tolerance
@@ -36,6 +37,7 @@ def fixed(w: np.ndarray) -> Network:
     Raises:
         ValueError: if ``w`` is not square, finite and non-negative with a positive
             diagonal, a column does not sum to one, or the graph is not connected.
+        TypeError: if ``w`` is traced or no matrix.
 
     Examples:
         >>> network = fixed(dbo.topology.metropolis(dbo.topology.ring(5)))
@@ -44,7 +46,7 @@ def fixed(w: np.ndarray) -> Network:
         >>> fixed(dbo.topology.push_weights(dbo.topology.exponential(5))).doubly
         True
     """
-    return _network([np.asarray(w)], "fixed")
+    return _network([_matrix(w, "fixed")], "fixed")
 
 
 def sequence(ws: np.ndarray | Iterable[np.ndarray]) -> Network:
@@ -72,7 +74,9 @@ def sequence(ws: np.ndarray | Iterable[np.ndarray]) -> Network:
         >>> v.tolist(), traffic.total // traffic.message
         ([1.0, 1.0, 1.0, 1.0], 4)
     """
-    return _network([np.asarray(w) for w in ws], "sequence")
+    if isinstance(ws, tuple) and hasattr(ws, "_fields"):
+        _matrix(ws, "sequence")
+    return _network([_matrix(w, "sequence") for w in ws], "sequence")
 
 
 def lossy(network: Network, rate: float) -> Network:
@@ -96,7 +100,7 @@ def lossy(network: Network, rate: float) -> Network:
 
     Raises:
         ValueError: if ``rate`` is not in [0, 1).
-        TypeError: if ``network`` is not one.
+        TypeError: if ``network`` is not one, or ``rate`` no number.
 
     Examples:
         >>> w = dbo.topology.metropolis(dbo.topology.ring(6))
@@ -106,6 +110,8 @@ def lossy(network: Network, rate: float) -> Network:
         (True, True)
     """
     _check_network(network, "lossy")
+    if not isinstance(rate, numbers.Real | np.ndarray | jax.Array):
+        raise TypeError(f"`lossy` needs a probability 0 <= rate < 1, got {rate!r}.")
     if isinstance(rate, numbers.Real) and not 0 <= rate < 1:
         raise ValueError(f"`lossy` needs a probability 0 <= rate < 1, got {rate}.")
     me = _me(network)
@@ -139,8 +145,8 @@ def away(network: Network, nodes: Sequence[int], start: int, stop: int) -> Netwo
         A network with the same links, which stay counted.
 
     Raises:
-        ValueError: if ``nodes`` names others than those of the network, or ``start`` is
-            negative or behind ``stop``.
+        ValueError: if ``nodes`` are not numbers of nodes of the network, or ``start``
+            is negative or behind ``stop``.
         TypeError: if ``network`` is not one.
 
     Examples:
@@ -152,7 +158,13 @@ def away(network: Network, nodes: Sequence[int], start: int, stop: int) -> Netwo
     _check_network(network, "away")
     n = len(network.nodes)
     gone = np.zeros(n, bool)
-    absent = np.asarray(nodes, dtype=int)
+    absent = np.asarray(nodes)
+    if absent.size and absent.dtype.kind not in "iu":
+        raise ValueError(
+            f"`away` needs the numbers of nodes, e.g. [1, 4]; got {nodes}. Of a mask "
+            "take `np.flatnonzero(mask)`."
+        )
+    absent = absent.astype(int)
     if absent.size and not 0 <= absent.min() <= absent.max() < n:
         raise ValueError(f"`away` needs nodes from 0 to {n - 1}; got {nodes}.")
     gone[absent] = True
@@ -183,6 +195,21 @@ def _me(network):
     """The number of each node in all its slots: (n, K)."""
     numbers_ = np.arange(len(network.nodes), dtype=np.int32)[:, None]
     return np.broadcast_to(numbers_, network.nodes.shape)
+
+
+def _matrix(w, name) -> np.ndarray:
+    """Refuse what is not there to be looked at, or is a finished part."""
+    if isinstance(w, Tracer):
+        raise TypeError(
+            f"`{name}` looks at the entries of its matrices, so they cannot be traced. "
+            "For a sweep over graphs write `dbo.channels.exact(dbo.mixing.dense(w))`."
+        )
+    if isinstance(w, tuple) and hasattr(w, "_fields"):
+        raise TypeError(
+            f"`{name}` takes matrices of weights, e.g. `dbo.topology.metropolis("
+            f"adjacency)`; got a {type(w).__name__}."
+        )
+    return np.asarray(w)
 
 
 class _Table(NamedTuple):

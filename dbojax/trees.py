@@ -301,6 +301,21 @@ def island(product: Callable[[jax.Array], jax.Array]) -> Callable:
     return either
 
 
+def check_positive(value: Any, name: str) -> None:
+    """Refuse what is not a number, or a concrete one that is not positive.
+
+    Raises:
+        TypeError: if it is no number; arrays and tracers pass.
+        ValueError: if it is not positive.
+    """
+    if isinstance(value, jax.Array | np.ndarray):
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` is a number > 0; got {value!r}.")
+    if not float(value) > 0:
+        raise ValueError(f"`{name}` must be > 0; got {value}.")
+
+
 def one_node(tree: Tree) -> Tree:
     """Shapes and dtypes of one node's share of a stacked tree."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tree)

@@ -126,3 +126,22 @@ def test_c2dfb_over_losses_ends_where_its_penalty_says():
     assert norms[-1] == pytest.approx(floor, rel=1e-4)
     assert floor > 1e-2
     assert floor / _penalised(20.0)[1] == pytest.approx(2, rel=0.1)
+
+
+def test_clocks_go_on_where_memories_are_forgotten():
+    """A method that restarts its trackers sees the same network as its rivals."""
+    method = dbo.algorithms.ma_dsbo(
+        TASK.problem,
+        channel=dbo.channels.changing(RING),
+        upper_step=UPPER,
+        lower_step=LOWER,
+        linear_step=LOWER,
+        lower_steps=2,
+        linear_steps=3,
+    )
+    state, _ = toys.run(method, TASK, 4)
+    clocks = jax.tree.leaves(
+        state.strategies["z"], is_leaf=lambda leaf: isinstance(leaf, dbo.base.Clock)
+    )
+    counts = [int(c.step) for c in clocks if isinstance(c, dbo.base.Clock)]
+    assert counts == [12, 12]

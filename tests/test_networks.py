@@ -342,6 +342,10 @@ REFUSED = {
         lambda: dbo.channels.push(SYMMETRIC["fixed"]).init(np.ones((5, 2))),
         "holds 5 nodes",
     ),
+    "mask of nodes": (
+        lambda: nets.away(SYMMETRIC["fixed"], np.eye(N, dtype=bool)[2], 0, 1),
+        r"numbers of nodes.*flatnonzero",
+    ),
     "mask": (
         lambda: dbo.channels.push(SYMMETRIC["fixed"]).send(
             None, None, None, mask=np.ones(6)
@@ -369,6 +373,18 @@ def test_parts_of_another_kind_are_refused():
     ):
         with pytest.raises(TypeError, match=r"Network, e.g. `dbo\.networks\.fixed"):
             call()
+
+
+def test_finished_parts_and_traced_matrices_are_no_matrices():
+    fixed = nets.fixed(RING)
+    for part in (dbo.mixing.mixer(RING), fixed, dbo.channels.changing(fixed)):
+        for make in (nets.fixed, nets.sequence):
+            with pytest.raises(TypeError, match=r"takes matrices.*got a [MNC]"):
+                make(part)
+    with pytest.raises(TypeError, match=r"cannot be traced.*mixing\.dense"):
+        jax.jit(lambda w: nets.fixed(w).links)(RING)
+    with pytest.raises(TypeError, match="probability 0 <= rate < 1, got 'a'"):
+        nets.lossy(fixed, "a")
 
 
 def test_float32_matrices_are_taken_as_they_come():

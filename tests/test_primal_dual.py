@@ -166,9 +166,98 @@ def test_bad_input_says_what_to_write(name):
     directed = dbo.mixing.mixer(toys.graphs()["exponential"])
     with pytest.raises(ValueError, match=r"symmetric weights.*gradient_tracking"):
         make(dbo.channels.exact(directed), optax.sgd(STEP))
-    with pytest.raises(ValueError, match="dual_gain > 0, got -1"):
+    with pytest.raises(ValueError, match=r"dual_gain.* must be > 0; got -1"):
         make(_wire(), optax.sgd(STEP), dual_gain=-1)
     move, v = make(_wire(), optax.sgd(STEP)), jnp.zeros((toys.N, 4))
     mask = dbo.participation(jax.random.key(0), toys.N, 2)
     with pytest.raises(ValueError, match="duals of those present"):
         move.update(jax.random.key(0), v, v, move.init(v), mask)
+
+
+def _float32_wires():
+    """Everything a dual may travel over; with what leaves out most, sparse sums too."""
+    n, c = 10, dbo.channels
+    ring = dbo.topology.metropolis(dbo.topology.ring(n))
+    sparse = dbo.mixing.neighbours(dbo.topology.metropolis(dbo.topology.ring(n, 2)))
+    top = dbo.compressors.top_k(0.2)
+    network = dbo.networks.fixed(ring)
+    return {
+        "shifts": c.exact(dbo.mixing.shifts(ring)),
+        "neighbours": c.exact(sparse, 0.7),
+        "dense": c.exact(dbo.mixing.dense(ring)),
+        "averaging": c.exact(dbo.mixing.averaging(n)),
+        "reference_point": c.reference_point(sparse, top, 0.3),
+        "changing": c.changing(network),
+        "changing_reference_point": c.changing_reference_point(
+            network, dbo.compressors.identity(), 0.5
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", MAKES)
+@pytest.mark.parametrize("wire", _float32_wires())
+def test_duals_do_not_drift_in_short_floats(wire, name):
+    """Values near one, ten thousand short steps: rounding errors must not add up.
+
+    Taken as V - W V, rounded at the size of V, the flows of all nodes add up to some
+    error each time, which the duals would keep for ever: 1e-2 and more here.
+    """
+    n, d = 10, 120
+    targets = 1 + jax.random.normal(jax.random.key(5), (n, d), jnp.float32)
+    move = MAKES[name](_float32_wires()[wire], optax.sgd(0.01), dual_gain=0.05)
+
+    @jax.jit
+    def run(start):
+        def step(carry, key):
+            v, state = carry
+            return move.update(key, v, v - targets, state)[:2], None
+
+        keys = jax.random.split(jax.random.key(0), 10_000)
+        return jax.lax.scan(step, (start, move.init(start)), keys)[0]
+
+    v, state = run(jnp.zeros_like(targets))
+    assert v.dtype == jnp.float32
+    mean = np.asarray(targets, np.float64).mean(0, keepdims=True)
+    assert np.abs(np.asarray(v).mean(0) - mean).max() < 1e-4
+    assert np.abs(np.asarray(getattr(state, "late", state).dual).mean(0)).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_graphs_that_change_need_a_small_gain(name):
+    """Over random matchings the published half diverges, and a tenth converges."""
+    turns = dbo.topology.random_matchings(dbo.topology.ring(8), 7, seed=0)
+    wire = dbo.channels.changing(dbo.networks.sequence(turns))
+    rng = np.random.default_rng(0)
+    curvature = jnp.asarray(rng.uniform(0.5, 2, (8, 3)))
+    target = jnp.asarray(3 * rng.normal(size=(8, 3)))
+    best = (curvature * target).sum(0) / curvature.sum(0)
+
+    @jax.jit
+    @jax.vmap
+    def error(gain):
+        move = MAKES[name](wire, optax.sgd(0.02), dual_gain=gain)
+
+        def step(carry, key):
+            v, state = carry
+            return move.update(key, v, curvature * (v - target), state)[:2], None
+
+        start = jnp.zeros_like(target), move.init(jnp.zeros_like(target))
+        keys = jax.random.split(jax.random.key(0), 4000)
+        return jnp.abs(jax.lax.scan(step, start, keys)[0][0] - best[None]).max()
+
+    published, small = error(jnp.array([0.5, 0.1]))
+    assert not published < 1e8
+    assert small < 1e-10
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_a_server_gives_estimates_and_no_flows(name):
+    top = dbo.compressors.top_k(1)
+    mean = dbo.mixing.averaging(toys.N)
+    c = dbo.channels
+    for channel in (c.ef21(mean, top), c.server(mean), c.ef14(mean, top)):
+        with pytest.raises(ValueError, match=r"between neighbours.*allreduce"):
+            MAKES[name](channel, optax.sgd(STEP))
+    for gain, kind in ((np.float32(-0.5), ValueError), ("half", TypeError)):
+        with pytest.raises(kind, match="dual_gain"):
+            MAKES[name](_wire(), optax.sgd(STEP), dual_gain=gain)

@@ -133,6 +133,16 @@ def test_one_packet_per_update(key):
     assert after.weight.dtype == jnp.float32
 
 
+def test_shares_of_short_floats_add_up_to_what_was_shared(key):
+    """Rounded weights would blow values up; what is left is the rounding of sums."""
+    network = nets.lossy(DIRECTED["push"], 0.3)
+    v = jnp.ones((N, 64), jnp.bfloat16)
+    (held, ones), _ = _shares(network, v, 2000, key)
+    ratio = np.asarray(held, float).mean(1) / np.asarray(ones, float)
+    assert held.dtype == jnp.bfloat16
+    assert 0.8 < ratio.min() < ratio.max() < 1.25
+
+
 @pytest.mark.parametrize("name", [n for n in toys.strategies() if n != "gradient_push"])
 def test_no_other_strategy_takes_a_channel_that_pushes(name):
     channel = dbo.channels.push(nets.fixed(RING))

@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference_network as twins
 import toys
@@ -197,8 +198,24 @@ def test_bad_settings_say_what_to_write():
     problem = toys.task().problem
     with pytest.raises(ValueError, match="whole number of terms, at least one; got 0"):
         dbo.oracles.local_neumann(problem, 0, 1.0)
-    with pytest.raises(ValueError, match="smoothness > 0, got 0"):
+    with pytest.raises(ValueError, match=r"smoothness.* must be > 0; got 0"):
         dbo.oracles.local_neumann(problem, 3, 0.0)
+    with pytest.raises(TypeError, match="number > 0; got 'a'"):
+        dbo.oracles.local_neumann(problem, 3, "a")
+    with pytest.raises(TypeError, match="`problem` must be a Problem"):
+        dbo.oracles.local_neumann(None, 3, 1.0)
+    wire, rule = _wire("ring"), dbo.strategies.extra
+    for wrong in ("extra", dbo.strategies.extra(wire, optax.sgd(0.1))):
+        with pytest.raises(TypeError, match="`lower` makes a strategy from a channel"):
+            dbo.algorithms.sparkle(
+                problem,
+                upper=rule,
+                lower=wrong,
+                upper_channel=wire,
+                lower_channel=wire,
+                upper_step=0.1,
+                lower_step=0.1,
+            )
     move = dbo.strategies.diffusion_cta(_wire("ring"), dbo.algorithms.local_step(0.1))
     with pytest.raises(ValueError, match="0 < weight <= 1, got 2"):
         dbo.strategies.gossiped_average(move, _wire("ring"), 2.0)

@@ -191,6 +191,13 @@ def test_padded_rows_are_the_matrix():
     assert found.columns.shape == (4, 5)
     assert found.columns.dtype == np.int32
     np.testing.assert_array_equal(dense(found), rows)
+    for form in (scipy_sparse.csc_matrix, scipy_sparse.coo_matrix):
+        for one, other in zip(
+            jax.tree.leaves(sparse.padded(form(rows))),
+            jax.tree.leaves(found),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(one, other)
     cut = sparse.padded(scipy_sparse.csr_matrix(rows), width=2)
     limits = np.sort(np.abs(rows), 1)[:, -2:-1]
     np.testing.assert_array_equal(

@@ -15,6 +15,7 @@ from dbojax import trees
 from dbojax.base import (
     Algorithm,
     Calls,
+    Clock,
     Consensus,
     Metrics,
     Oracle,
@@ -216,7 +217,10 @@ def _run_phase(
 ) -> tuple[BilevelState, Traffic, jax.Array | None]:
     """All rounds of a phase; also the traffic of one and, if x moves, the last norm."""
     if phase.restart:
-        fresh = {n: s.init(getattr(state, n)) for n, s in phase.moves.items()}
+        fresh = {
+            name: _on_time(move.init(getattr(state, name)), state.strategies[name])
+            for name, move in phase.moves.items()
+        }
         state = state._replace(strategies=state.strategies | fresh)
     inner = None
     if isinstance(batch, Rounds):
@@ -234,6 +238,15 @@ def _run_phase(
     keys = jax.random.split(key, phase.times)
     state, (traffic, norms) = jax.lax.scan(body, state, (keys, inner))
     return state, traffic, None if norms is None else norms[-1]
+
+
+def _on_time(fresh, old):
+    """A fresh memory whose clocks go on: a network changes whatever nodes forget."""
+
+    def kept(new, before):
+        return before if isinstance(new, Clock) else new
+
+    return jax.tree.map(kept, fresh, old, is_leaf=lambda leaf: isinstance(leaf, Clock))
 
 
 def _round(oracle, phase, key, state, batch, mask):

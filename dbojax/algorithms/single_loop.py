@@ -131,6 +131,13 @@ def sparkle(
     References:
         SPARKLE, NeurIPS 2024, as recalled: our formulation.
     """
+    for name, rule in (("upper", upper), ("lower", lower)):
+        if not callable(rule):
+            raise TypeError(
+                f"`{name}` makes a strategy from a channel and a transform, e.g. "
+                f"`dbo.strategies.exact_diffusion`; got {type(rule).__name__}. What is "
+                "a strategy already goes into `single_loop`."
+            )
     x_step, *steps = local_steps(upper_step, lower_step, linear_step)
     y, z = (lower(lower_channel, step) for step in steps)
     x = moving_average(upper(upper_channel, x_step), average)

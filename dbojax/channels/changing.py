@@ -10,14 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dbojax import trees
-from dbojax.base import Channel, Compressor, Network, State, Traffic, Tree
-from dbojax.channels.common import check_contraction, check_gamma, no_mask
-
-
-class ExchangesState(NamedTuple):
-    """How many exchanges there were."""
-
-    step: jax.Array  # int32
+from dbojax.base import Channel, Clock, Compressor, Network, State, Traffic, Tree
+from dbojax.channels.common import check_contraction, check_gamma, no_mask, sender
 
 
 def changing(network: Network, gamma: float = 1.0) -> Channel:
@@ -58,19 +52,19 @@ def changing(network: Network, gamma: float = 1.0) -> Channel:
             "`dbo.strategies.gradient_push`, or a symmetric `w`."
         )
 
-    def send(key, v, state, mask=None):
+    def flow(key, v, state, mask=None):
         no_mask(mask, "changing")
         nodes, weights = _heard(network, _drawn(network, key, state))
 
-        def held(leaf):
+        def moves(leaf):
             # Differences: rounded rows, as those of short floats, keep equal values.
             heard = trees.gathered(leaf, nodes, weights, less=leaf)
-            return leaf + trees.times(gamma, heard)
+            return trees.times(gamma, heard)
 
-        moved = jax.tree.map(trees.island(held), v)
+        moved = jax.tree.map(trees.island(moves), v)
         return moved, _after(state), _traffic(network, v)
 
-    return Channel(_counter(network), send, network=network)
+    return Channel(_counter(network), sender(flow), network=network, flow=flow)
 
 
 def push(network: Network) -> Channel:
@@ -112,7 +106,9 @@ def push(network: Network) -> Channel:
         nodes, weights = _heard(network, _drawn(network, key, state))
 
         def shares(leaf):
-            return trees.gathered(leaf, nodes, weights)
+            # In short floats the shares of a value would not add up to it.
+            wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+            return trees.gathered(wide, nodes, weights).astype(leaf.dtype)
 
         moved = jax.tree.map(trees.island(shares), v)
         return moved, _after(state), _traffic(network, v)
@@ -126,7 +122,7 @@ class LinkCopiesState(NamedTuple):
     # (n, K - 1, ...): of the node in each slot, without its own. Both ends hold it.
     copies: Tree
     compressor: State  # (n, K - 1, ...), the sender's
-    step: jax.Array  # int32
+    clock: Clock
 
 
 def changing_reference_point(
@@ -147,7 +143,8 @@ def changing_reference_point(
 
     A link that fails does so both ways, so a node that hears nothing knows that nothing
     arrived. Memory: a node keeps two copies for every link, 2 degree values, where
-    ``reference_point`` keeps two in all.
+    ``reference_point`` keeps two in all; here, where both ends are in one memory, n
+    times the largest degree in all, which on a star is n times too much.
 
     Args:
         network: symmetric, e.g. ``dbo.networks.lossy(dbo.networks.fixed(w), 0.2)``.
@@ -193,12 +190,12 @@ def changing_reference_point(
     def init(known):
         trees.check_nodes(known, len(senders), "known")
         copies = jax.tree.map(lambda leaf: leaf[senders], known)
-        step = jnp.zeros((), jnp.int32)
-        return LinkCopiesState(copies, _over_links(compressor.init)(copies), step)
+        memory = _over_links(compressor.init)(copies)
+        return LinkCopiesState(copies, memory, _midnight())
 
-    def send(key, v, state, mask=None):
+    def flow(key, v, state, mask=None):
         no_mask(mask, name)
-        weights = _drawn(network, key, state)[:, 1:]
+        weights = _drawn(network, key, state.clock)[:, 1:]
         keys = trees.pair_keys(jax.random.split(key)[1], senders, receivers)
         news = jax.tree.map(lambda a, c: a[senders] - c, v, state.copies)
         payload, memory = _over_links(compressor.compress)(keys, news, state.compressor)
@@ -211,18 +208,18 @@ def changing_reference_point(
         copies = _where_up(weights, copies, state.copies)
         memory = _where_up(weights, memory, state.compressor)
 
-        def held(leaf, copies):
-            flow = copies - copies[senders, back]
-            shape = weights.shape + (1,) * (leaf.ndim - 1)
-            flow = jnp.asarray(weights, leaf.dtype).reshape(shape) * flow
-            return leaf + trees.times(gamma, flow.sum(axis=1))
+        def moves(copies):
+            apart = copies - copies[senders, back]
+            shape = weights.shape + (1,) * (apart.ndim - 2)
+            apart = jnp.asarray(weights, apart.dtype).reshape(shape) * apart
+            return trees.times(gamma, apart.sum(axis=1))
 
-        state = LinkCopiesState(copies, memory, state.step + 1)
+        state = LinkCopiesState(copies, memory, _after(state.clock))
         message = trees.nbytes(trees.one_node(trees.one_node(payload)))
         traffic = Traffic(message, message * network.links, rounds=1)
-        return jax.tree.map(held, v, copies), state, traffic
+        return jax.tree.map(moves, copies), state, traffic
 
-    return Channel(init, send, network=network)
+    return Channel(init, sender(flow), network=network, flow=flow)
 
 
 def _over_links(f: Callable) -> Callable:
@@ -239,9 +236,9 @@ def _where_up(weights, tree, otherwise):
     return jax.tree.map(choose, tree, otherwise)
 
 
-def _drawn(network, key, state):
+def _drawn(network, key, clock):
     """Weights of this exchange: all channels draw alike from the same key."""
-    return network.weights(jax.random.split(key)[0], state.step)
+    return network.weights(jax.random.split(key)[0], clock.step)
 
 
 def _heard(network, weights):
@@ -252,13 +249,17 @@ def _heard(network, weights):
 def _counter(network):
     def init(known):
         trees.check_nodes(known, len(network.nodes), "known")
-        return ExchangesState(jnp.zeros((), jnp.int32))
+        return _midnight()
 
     return init
 
 
-def _after(state):
-    return state._replace(step=state.step + 1)
+def _midnight():
+    return Clock(jnp.zeros((), jnp.int32))
+
+
+def _after(clock):
+    return Clock(clock.step + 1)
 
 
 def _traffic(network, v) -> Traffic:

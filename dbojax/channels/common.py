@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dbojax import trees
@@ -35,6 +38,16 @@ def check_gamma(gamma, name):
         raise ValueError(
             f"`{name}` needs a consensus step 0 < gamma <= 1, got {gamma}."
         )
+
+
+def sender(flow: Callable) -> Callable:
+    """The ``send`` of a channel from its ``flow``."""
+
+    def send(key, v, state, mask=None):
+        moved, state, traffic = flow(key, v, state, mask)
+        return jax.tree.map(jnp.add, v, moved), state, traffic
+
+    return send
 
 
 def check_compressor(compressor, name, argument):

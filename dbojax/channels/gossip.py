@@ -57,8 +57,13 @@ def exact(mix: Mix, gamma: float = 1.0) -> Channel:
         held = _relax(v, v, mix.apply(v), gamma)
         return held, state, _traffic(mix, v)
 
+    def flow(key, v, state, mask=None):
+        del key
+        no_mask(mask, "exact")
+        return _scaled(gamma, _differences(mix, v)), state, _traffic(mix, v)
+
     averages = mix.averages and _is_one(gamma)
-    return Channel(init, send, mix, averages)
+    return Channel(init, send, mix, averages, flow=flow if mix.flow else None)
 
 
 class ReferencePointState(NamedTuple):
@@ -84,7 +89,8 @@ def reference_point(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
     rounding errors of such a sum stay for ever, and a tracker adds them up: in float32
     the mean of trackers drifts off at a steady rate. Where all nodes are on one device
     the copies are therefore mixed anew, all of them or, next to sparse messages, a
-    random block of columns in each exchange.
+    random block of columns in each exchange. A strategy with duals, which would add up
+    what is left of the errors, has all of them mixed anew each time.
 
     Args:
         mix: multiplies by a mixing matrix that stays fixed.
@@ -123,17 +129,28 @@ def reference_point(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
         mixed = mix.apply(jax.lax.optimization_barrier(known))
         return ReferencePointState(known, mixed, memory)
 
-    def send(key, v, state, mask=None):
+    def said(key, v, state, mask):
         no_mask(mask, "reference_point")
         difference = jax.tree.map(jnp.subtract, v, state.hat)
-        payload, memory = compressed(mix, compressor, key, difference, state.compressor)
+        return compressed(mix, compressor, key, difference, state.compressor)
+
+    def send(key, v, state, mask=None):
+        payload, memory = said(key, v, state, mask)
         memories = state.hat, state.mixed_hat
         hat, mixed_hat = _absorb(mix, compressor, key, payload, *memories)
         held = _relax(v, hat, mixed_hat, gamma)
         state = ReferencePointState(hat, mixed_hat, memory)
         return held, state, _traffic(mix, payload)
 
-    return Channel(init, send, mix)
+    def flow(key, v, state, mask=None):
+        payload, memory = said(key, v, state, mask)
+        hat = _added(mix, compressor, payload, state.hat)
+        moved = _differences(mix, hat)
+        mixed_hat = jax.tree.map(jnp.add, hat, moved)
+        state = ReferencePointState(hat, mixed_hat, memory)
+        return _scaled(gamma, moved), state, _traffic(mix, payload)
+
+    return Channel(init, send, mix, flow=flow if mix.flow else None)
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -175,17 +192,28 @@ def error_feedback(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
         zeros = jax.tree.map(jnp.zeros_like, known)
         return ErrorFeedbackState(zeros, mix.lift(compressor.init)(known))
 
-    def send(key, v, state, mask=None):
+    def said(key, v, state, mask):
         no_mask(mask, "error_feedback")
         target = jax.tree.map(jnp.add, v, state.residual)
-        payload, memory = compressed(mix, compressor, key, target, state.compressor)
+        return target, *compressed(mix, compressor, key, target, state.compressor)
+
+    def send(key, v, state, mask=None):
+        target, payload, memory = said(key, v, state, mask)
         zeros = jax.tree.map(jnp.zeros_like, v)
         sent, mixed = _absorb(mix, compressor, key, payload, zeros, zeros)
         residual = jax.tree.map(jnp.subtract, target, sent)
         held = _relax(v, sent, mixed, gamma)
         return held, ErrorFeedbackState(residual, memory), _traffic(mix, payload)
 
-    return Channel(init, send, mix)
+    def flow(key, v, state, mask=None):
+        target, payload, memory = said(key, v, state, mask)
+        zeros = jax.tree.map(jnp.zeros_like, v)
+        sent = _added(mix, compressor, payload, zeros)
+        residual = jax.tree.map(jnp.subtract, target, sent)
+        state = ErrorFeedbackState(residual, memory)
+        return _scaled(gamma, _differences(mix, sent)), state, _traffic(mix, payload)
+
+    return Channel(init, send, mix, flow=flow if mix.flow else None)
 
 
 def _absorb(mix, compressor, key, payload, own, mixed):
@@ -216,6 +244,18 @@ def _absorb(mix, compressor, key, payload, own, mixed):
     received = mix.exchange(payload)
     mixed = mix.lift(add_all)(received, mix.weights, mixed)
     return own, _refreshed(mix, key, own, mixed) if mix.local else mixed
+
+
+def _added(mix, compressor, payload, own):
+    """``own`` with the decoded payloads, without anything of the neighbours."""
+    like = trees.one_node(own)
+
+    def add(message, into):
+        if compressor.add is not None:
+            return compressor.add(message, 1.0, into)
+        return jax.tree.map(jnp.add, into, compressor.decompress(message, like))
+
+    return mix.lift(add)(payload, own)
 
 
 def _refreshed(mix, key, own, mixed):
@@ -256,6 +296,15 @@ def _relax(v, hat, mixed_hat, gamma):
     return jax.tree.map(
         lambda a, h, m: a + trees.times(gamma, m - h), v, hat, mixed_hat
     )
+
+
+def _differences(mix, v):
+    assert mix.flow is not None  # else the channel has no `flow` either
+    return mix.flow(v)
+
+
+def _scaled(gamma, tree):
+    return jax.tree.map(lambda leaf: trees.times(gamma, leaf), tree)
 
 
 def _is_one(gamma) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
+
 from dbojax.base import Channel, Traffic
 
 
@@ -28,4 +31,8 @@ def private() -> Channel:
         del key, mask
         return v, state, Traffic()
 
-    return Channel(init, send)
+    def flow(key, v, state, mask=None):
+        del key, mask
+        return jax.tree.map(jnp.zeros_like, v), state, Traffic()
+
+    return Channel(init, send, flow=flow)

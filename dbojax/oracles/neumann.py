@@ -6,7 +6,6 @@ import numbers
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dbojax import trees
 from dbojax.base import Calls, Oracle, Problem, by_level
@@ -38,7 +37,8 @@ def local_neumann(
             direction.
         smoothness: L, at least the largest eigenvalue of any node's Hessian.
         random: draw one power; its mean is J / (J + 1) times the series of J + 1 terms.
-            All products use the batch at hand.
+            All products use the batch at hand. Calls count J of them, the most that are
+            drawn, for nodes wait for each other.
 
     Returns:
         An oracle whose ``z`` is an unused scalar.
@@ -66,8 +66,8 @@ def local_neumann(
         raise ValueError(
             f"`local_neumann` needs a whole number of terms, at least one; got {terms}."
         )
-    if not isinstance(smoothness, jax.Array | np.ndarray) and not smoothness > 0:
-        raise ValueError(f"`local_neumann` needs a smoothness > 0, got {smoothness}.")
+    trees.check_type(problem, Problem, "problem", "dbo.Problem(upper=f, lower=g)")
+    trees.check_positive(smoothness, "local_neumann(smoothness)")
 
     def init(x, y):
         del x, y

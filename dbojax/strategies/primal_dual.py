@@ -41,18 +41,21 @@ def extra(
     :math:`V^{k+1} = V^k + W V^k - \tfrac12 (I + W) V^{k-1} - \alpha (D^k - D^{k-1})`.
 
     Args:
-        channel: how ``V`` travels, over symmetric weights.
+        channel: how ``V`` travels between neighbours, over symmetric weights.
         optimizer: local step along ``D``, linear in it, e.g. ``optax.sgd(0.1)``: the
             nodes settle where their steps cancel, which for Adam is elsewhere.
         dual_gain: kappa. Over a channel with reference points the dual must move
             slower than the copies catch up: 1/2 works for compressors that leave out
-            little, 0.02 to 0.1 for the biased ones that keep a fifth or a sign.
+            little, 0.02 to 0.1 for the biased ones that keep a fifth or a sign. Over a
+            network that changes take 0.1 as well: 1/2 diverges where links come and go
+            as in random matchings, and shorter steps do not help.
 
     Returns:
         A strategy with one exchange per update.
 
     Raises:
-        ValueError: if the weights are not symmetric, or ``dual_gain`` not positive.
+        ValueError: if the weights are not symmetric, ``dual_gain`` is not positive, or
+            the channel gives nodes an estimate, as a server's does.
         TypeError: if a part is of another kind.
 
     Examples:
@@ -71,15 +74,16 @@ def extra(
         Shi, Ling, Wu and Yin (2015), EXTRA, arXiv:1404.6264; the primal-dual form, and
         the gain, are ours.
     """
-    gain = _checked(channel, optimizer, dual_gain, "extra")
+    exchange = _checked(channel, optimizer, dual_gain, "extra")
 
     def update(key, v, direction, state, mask=None):
         trees.check_like(direction, v, "direction", "v")
         _all_nodes(mask, "EXTRA")
         delta, opt_state = local_step(optimizer, direction, state.optimizer, v)
-        mixed, memory, traffic = channel.send(key, v, state.channel)
-        moved = jax.tree.map(jnp.subtract, add(mixed, delta), state.dual)
-        dual = _grown(state.dual, gain, v, mixed)
+        flow, memory, traffic = exchange(key, v, state.channel)
+        step = jax.tree.map(jnp.subtract, delta, state.dual)
+        moved = add(v, jax.tree.map(jnp.add, flow, step))
+        dual = _grown(state.dual, dual_gain, flow)
         return moved, DualState(dual, memory, opt_state), traffic
 
     return Strategy(_init(channel, optimizer), update)
@@ -114,12 +118,12 @@ def exact_diffusion(
         Yuan, Ying, Zhao and Sayed (2019), exact diffusion, arXiv:1702.05122; Tang,
         Lian, Yan, Zhang and Liu (2018), D², arXiv:1803.07068. The gain is ours.
     """
-    gain = _checked(channel, optimizer, dual_gain, "exact_diffusion")
+    exchange = _checked(channel, optimizer, dual_gain, "exact_diffusion")
 
     def update(key, v, direction, state, mask=None):
         trees.check_like(direction, v, "direction", "v")
         _all_nodes(mask, "Exact diffusion")
-        return _corrected(channel, optimizer, gain, key, v, direction, state)
+        return _corrected(exchange, optimizer, dual_gain, key, v, direction, state)
 
     return Strategy(_init(channel, optimizer), update)
 
@@ -157,7 +161,7 @@ def nids(
     References:
         Li, Shi and Yan (2019), NIDS, arXiv:1704.07807.
     """
-    gain = _checked(channel, optimizer, dual_gain, "nids")
+    exchange = _checked(channel, optimizer, dual_gain, "nids")
     start = _init(channel, optimizer)
 
     def init(v):
@@ -168,7 +172,7 @@ def nids(
         _all_nodes(mask, "NIDS")
         old, started = state
         mixed, new, traffic = _corrected(
-            channel, optimizer, gain, key, v, direction, old
+            exchange, optimizer, dual_gain, key, v, direction, old
         )
         delta, _ = local_step(optimizer, direction, old.optimizer, v)
 
@@ -183,12 +187,12 @@ def nids(
     return Strategy(init, update)
 
 
-def _corrected(channel, optimizer, gain, key, v, direction, state):
+def _corrected(exchange, optimizer, dual_gain, key, v, direction, state):
     delta, opt_state = local_step(optimizer, direction, state.optimizer, v)
     target = jax.tree.map(jnp.subtract, add(v, delta), state.dual)
-    mixed, memory, traffic = channel.send(key, target, state.channel)
-    moved = jax.tree.map(lambda a, b: (a + b) / 2, target, mixed)
-    dual = _grown(state.dual, gain, target, mixed)
+    flow, memory, traffic = exchange(key, target, state.channel)
+    moved = jax.tree.map(lambda a, b: a + b / 2, target, flow)
+    dual = _grown(state.dual, dual_gain, flow)
     return moved, DualState(dual, memory, opt_state), traffic
 
 
@@ -200,8 +204,9 @@ def _init(channel, optimizer):
     return init
 
 
-def _grown(dual, gain, sent, mixed):
-    return jax.tree.map(lambda p, a, b: p + trees.times(gain, a - b), dual, sent, mixed)
+def _grown(dual, gain, flow):
+    """What flows in is taken from the dual, so that duals add up to zero."""
+    return jax.tree.map(lambda p, f: p - trees.times(gain, f), dual, flow)
 
 
 def _all_nodes(mask, name):
@@ -210,8 +215,16 @@ def _all_nodes(mask, name):
 
 def _checked(channel, optimizer, dual_gain, name):
     check_parts(channel, optimizer)
-    if isinstance(dual_gain, int | float) and not dual_gain > 0:
-        raise ValueError(f"`{name}` needs a dual_gain > 0, got {dual_gain}.")
+    trees.check_positive(dual_gain, f"{name}(dual_gain)")
+    if channel.flow is None:
+        raise ValueError(
+            f"`{name}` needs a channel between neighbours, where what one gains others "
+            "give, else its duals do not add up to zero and it settles elsewhere. "
+            "Write `dbo.channels.exact(mix)` or `dbo.channels.reference_point(mix, "
+            "compressor, gamma)`; with a server use "
+            "`dbo.strategies.allreduce(channel, optimizer)`. A channel of your own "
+            "needs its `flow`."
+        )
     graphs = [part for part in (channel.mix, channel.network) if part is not None]
     if not all(graph.symmetric for graph in graphs):
         raise ValueError(
@@ -220,4 +233,4 @@ def _checked(channel, optimizer, dual_gain, name):
             "`dbo.strategies.gradient_tracking(channel, optimizer)`, which any "
             "doubly stochastic matrix suits."
         )
-    return dual_gain
+    return channel.flow

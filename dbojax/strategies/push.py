@@ -16,7 +16,7 @@ from dbojax.strategies.common import add, local_step, no_mask
 class PushState(NamedTuple):
     """What became of the ones, the tracker on its way, and memories."""
 
-    weight: jax.Array  # (n,), positive, of mean one
+    weight: jax.Array  # (n,), of mean one; positive unless it has run out
     tracker: Tree  # (n, ...), as it arrived; sums to the sum of `direction`
     direction: Tree  # (n, ...), the last one
     channel: State
@@ -39,7 +39,8 @@ def gradient_push(
     ``optax.sgd`` this is the update above.
 
     A node that gives and hears nobody loses its ``w`` bit by bit, while its own
-    directions enter ``T`` in full, so ``T / w`` grows: where links fail the graph needs
+    directions enter ``T`` in full, so ``T / w`` grows, and after some hundred exchanges
+    of hearing nobody ``w`` is zero and its values NaN: where links fail the graph needs
     some to spare, and where nodes leave the others must stay connected both ways.
 
     Args:

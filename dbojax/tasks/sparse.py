@@ -82,10 +82,10 @@ def product(inputs: Array | SparseRows, y: jax.Array) -> jax.Array:
 
 
 def padded(matrix: Any, width: int | None = None) -> SparseRows:
-    """Rows of a SciPy matrix in CSR form, padded to one width.
+    """Rows of a SciPy matrix, padded to one width.
 
     Args:
-        matrix: ``(m, d)``, from ``scipy.sparse``.
+        matrix: ``(m, d)``, from ``scipy.sparse`` in any of its forms.
         width: the most entries of a row; of a longer one those of largest magnitude
             stay. None is as many as the longest row has.
 
@@ -97,6 +97,7 @@ def padded(matrix: Any, width: int | None = None) -> SparseRows:
     """
     if width is not None and width < 1:
         raise ValueError(f"`width` counts entries of a row, at least one; got {width}.")
+    matrix = matrix.tocsr()
     counts = np.diff(matrix.indptr)
     rows = np.repeat(np.arange(len(counts)), counts)
     # Within a row from the largest magnitude down, so that a cut keeps the largest.

@@ -21,7 +21,8 @@ def one_peer_exponential(n: int) -> np.ndarray:
         n: number of nodes.
 
     Returns:
-        Doubly stochastic matrices ``(T, n, n)`` for ``dbo.networks.sequence``.
+        Doubly stochastic matrices ``(T, n, n)`` for ``dbo.networks.sequence``; dense,
+        1.6 GB for 4096 nodes.
 
     Raises:
         ValueError: if ``n`` is below one.
@@ -57,7 +58,7 @@ def random_matchings(adjacency: np.ndarray, steps: int, seed: int) -> np.ndarray
         seed: start of the draws; the same seed gives the same matrices.
 
     Returns:
-        Symmetric doubly stochastic matrices ``(steps, n, n)`` for
+        Symmetric doubly stochastic matrices ``(steps, n, n)``, dense, for
         ``dbo.networks.sequence``; all edges of all steps together connect the graph.
 
     Raises:
