@@ -25,11 +25,10 @@ from report import header, table
 import dbojax as dbo
 from dbojax import comparison
 from dbojax.cli import GRAPHS, NODES
-from dbojax.comparison.tuning import keys_of
 
 SEEDS, HS, UPPER = range(5), (0.0, 0.8), (3.0, 10.0, 30.0, 100.0)
 LOWER = 0.125  # at which all methods converge
-NAMES = ("c2dfb", "c2dfb-qsgd4", "c2dfb-top20", "ma-dsbo")
+NAMES = ("c2dfb", "c2dfb-qsgd4", "ma-dsbo")
 
 
 class Watch:
@@ -56,7 +55,7 @@ def at_once(entry, tasks, matrices, key, steps, every):
     variants = [(upper, w) for w in matrices for upper in UPPER]
     settings = np.array([(upper, LOWER) for upper, _ in variants])
     found = program(
-        keys_of(key, [*SEEDS] * len(HS)),
+        comparison.keys_of(key, [*SEEDS] * len(HS)),
         np.repeat(settings[None], len(tasks), axis=0),
         np.stack([w for _, w in variants]),
         comparison.stacked(tasks),
@@ -99,7 +98,7 @@ def loop_of_calls(entry, runs, key, steps, every):
         watch = Watch()
         settings = jnp.array([[[upper, LOWER]]])
         own = comparison.stacked([task])
-        program(keys_of(key, [seed]), settings, w[None], own)
+        program(comparison.keys_of(key, [seed]), settings, w[None], own)
         times.append(watch.read())
     return times[0], np.mean(times[1:], axis=0)
 

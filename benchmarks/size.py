@@ -1,7 +1,7 @@
 """C²DFB at 20 Newsgroups size, and on 4 096 nodes: memory, time, bytes, learning.
 
     python benchmarks/size.py            # about five minutes on two cores
-    python benchmarks/size.py --short    # small sizes, half a minute: does it run?
+    python benchmarks/size.py --short    # small sizes, a minute: does it run?
 
 Text is the sparse stand-in of 20 Newsgroups: 10 nodes on a ring, x has 130 107 entries
 and y 2 602 140. The networks have a quadratic with a diagonal curvature, x and y of

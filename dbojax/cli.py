@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import platform
 import sys
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         compare(options)
-    except (ValueError, ImportError, FileNotFoundError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"dbojax compare: {error}", file=sys.stderr)
         return 2
     return 0
@@ -119,7 +120,7 @@ def compare(options: argparse.Namespace) -> list[comparison.Cell]:
     if not options.no_plots:
         dbo.plots.check()  # not at the end of an hour
     options.out.mkdir(parents=True, exist_ok=True)
-    cells, tuned, clock = _before(options, plan)
+    cells, tuned, clock = _before(options, _settings(options, plan))
     done = {(cell.task, cell.label) for cell in cells}
     for who, outcome, seconds in _outcomes(studies, plan, options, done):
         print(f"{who['task']}, {who['method']}: {seconds:.0f} s", flush=True)
@@ -141,24 +142,32 @@ def compare(options: argparse.Namespace) -> list[comparison.Cell]:
     return cells
 
 
-def _before(options, plan: Plan):
-    """Cells, tuning and clock of an earlier command with the same plan."""
-    path = options.out / "cells.csv"
+def _settings(options, plan: Plan) -> dict[str, Any]:
+    """All that decides about a cell, as it is read back from a file."""
+    found = plan._asdict() | {"graphs": list(plan.graphs), "grid": list(plan.grid)}
+    found |= {"key": options.key, "fashion": options.fashion and str(options.fashion)}
+    return json.loads(json.dumps(found | {"version": dbo.__version__}))
+
+
+def _before(options, settings):
+    """Cells, tuning and clock of an earlier command with the same settings."""
+    path = options.out / "plan.json"
     if not (options.resume and path.exists()):
+        path.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+        if (cells := options.out / "cells.csv").exists():
+            cells.replace(options.out / "cells.before.csv")
         return [], [], []
-    cells = comparison.read_csv(path)
-    for cell in cells:
-        same = (
-            cell.seeds == plan.seeds,
-            cell.graph in plan.graphs,
-            cell.h in plan.hs,
-            len(cell.history["step"]) == plan.steps // plan.every,
+    earlier = json.loads(path.read_text("utf-8"))
+    unlike = {k for k in settings if earlier.get(k) != settings[k]}
+    if unlike:
+        told = ", ".join(f"{k} = {earlier.get(k)!r}" for k in sorted(unlike))
+        raise ValueError(
+            f"{path} tells of another plan, with {told}. Repeat its options, or choose "
+            "another --out."
         )
-        if not all(same):
-            raise ValueError(
-                f"{path} holds runs of another plan, e.g. {cell.place} with seeds "
-                f"{cell.seeds}. Repeat its options, or choose another --out."
-            )
+    if not (options.out / "cells.csv").exists():
+        return [], [], []
+    cells = comparison.read_csv(options.out / "cells.csv")
     return cells, *(_read_csv(options.out / f"{n}.csv") for n in ("tuning", "clock"))
 
 
@@ -182,6 +191,8 @@ def _planned(options):
     if options.methods:
         chosen(options.methods, comparison.roster(), "method")
     graphs = chosen(options.graphs, GRAPHS, "graph")
+    hs = [f"{h:g}" for h in options.h]
+    chosen(hs, dict.fromkeys(hs), "h")
     for name in ("seeds", "tuning_seeds", "steps", "every", "rounds"):
         if (value := getattr(options, name)) < 1:
             flag = name.replace("_", "-")
@@ -219,16 +230,19 @@ def _head(plan: Plan) -> list[str]:
         f"{NODES} nodes, full batches; graphs: "
         f"{', '.join(gaps)}; h = {', '.join(f'{h:g}' for h in plan.hs)}; "
         f"{len(plan.seeds)} seeds; {plan.steps} steps of a method with ten inner "
-        f"rounds, {plan.steps} times its pace of a method without. Every method tries "
-        f"{plan.grid.runs} pairs of steps around a centre, on {len(plan.tuning_seeds)} "
-        f"seeds of their own, with as many steps as in the table, apart for each task "
-        f"and h, on the graph {first!r} alone; the least validation loss, mean "
+        f"rounds, {plan.steps} times its pace of a method without, judged every "
+        f"{plan.every} steps times pace. Every method has {plan.grid.runs} runs with "
+        f"pairs of steps around a centre, on each of {len(plan.tuning_seeds)} other "
+        "ways to deal the samples out, as long as those of the table, apart for each "
+        f"task and h, on the graph {first!r} alone; the least validation loss, mean "
         f"over the run and the seeds, is chosen, or within {plan.grid.slack:.0%} of it "
         "the smallest upper, then lower step. All graphs use those steps.",
     ]
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

@@ -139,7 +139,8 @@ def panels(
             ax.set_ylim(*limits)
         if ax is not axes[0, 0]:
             ax.set_ylabel("")
-            ax.get_legend().remove()
+            if (legend := ax.get_legend()) is not None:
+                legend.remove()
     return list(axes[0])
 
 

@@ -343,7 +343,7 @@ def test_the_command_writes_tables_files_and_pictures(tmp_path, capsys, monkeypa
     more = f"--steps 2 --rounds 1 --out {tmp_path}"
     assert cli.main(["compare", *options.split(), *more.split()]) == 0
     found = {path.name for path in tmp_path.iterdir()}
-    files = {"cells.csv", "tuning.csv", "clock.csv", "compare.md"}
+    files = {"cells.csv", "tuning.csv", "clock.csv", "compare.md", "plan.json"}
     assert found == files | {"blobs_star_h0.5.png"}
     text = (tmp_path / "compare.md").read_text("utf-8")
     assert "### star, h = 0.5: target" in text
@@ -361,8 +361,16 @@ def test_the_command_writes_tables_files_and_pictures(tmp_path, capsys, monkeypa
     again = ["compare", *options.split(), *more.split(), "--resume"]
     assert cli.main(again) == 0
     assert (tmp_path / "compare.md").read_text("utf-8") == text
-    assert cli.main([*again, "--seeds", "2"]) == 2
-    assert "another plan" in capsys.readouterr().err
+    for other in (
+        "--seeds 2",
+        "--rounds 2",
+        "--key 7",
+        "--h 0.2",
+        "--graphs star ring",
+    ):
+        assert cli.main([*again, *other.split()]) == 2
+        assert "another plan" in capsys.readouterr().err
+    assert comparison.read_csv(tmp_path / "cells.csv")[0].place == only.place
 
 
 UNKNOWN = {
@@ -370,6 +378,7 @@ UNKNOWN = {
     "graph": (["--graphs", "cube"], "No graph is named 'cube'; .*ring, two_hop"),
     "task": (["--task", "chess"], "No task is named 'chess'; .*coefficient_tuning"),
     "twice": (["--graphs", "ring", "ring"], "each graph once"),
+    "h twice": (["--h", "0.5", "0.50"], "each h once"),
     "seeds": (["--seeds", "0"], "--seeds must be at least 1"),
     "every": (["--steps", "3"], "multiple of --every"),
 }
@@ -407,3 +416,62 @@ def test_fashion_mnist_is_one_study_more_where_its_folder_is(tmp_path, capsys):
     assert task.n == 10
     assert task.held.inputs.shape == (30, 6)
     assert float(task.judge(task.x0, task.y0, task.batch, task.held)["test_loss"]) > 0
+
+
+@pytest.mark.parametrize("name", comparison.roster())
+def test_every_entry_takes_a_step_of_the_study(name):
+    """Shapes alone: 18 compositions, none of which may be out of date."""
+    task, entry = deal(0, 0.2), comparison.roster()[name]
+    method = entry.make(dbo.mixing.mixer(GRAPHS["ring"]), task.problem, (0.1, 0.1))
+    start = dbo.replicate((task.x0, task.y0), task.n)
+    state = jax.eval_shape(lambda: method.init(*start))
+    after, metrics = jax.eval_shape(method.step, jax.random.key(0), state, task.batch)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert metrics.traffic.message > 0
+    assert metrics.calls.gradients > 0
+
+
+def test_a_chosen_pair_that_came_twice_is_marked_once():
+    def losses(pairs):
+        return np.abs(np.log(pairs)).sum(-1)[:, None]
+
+    [found] = comparison.tune(losses, Grid(rounds=3), (1.0, 1.0), 1)
+    assert sum(int(row["chosen"]) for row in tables.tried(found)) == 1
+    assert (found.tried == np.array(found.settings)).all(1).sum() == 3
+
+
+def test_what_can_be_known_before_is_refused_before():
+    roster = {"a": ROSTER["d-soba"]}
+    for plan, message in (
+        (Plan(GRAPHS, hs=(0.5, 0.5)), "value of `hs` may come once"),
+        (Plan(GRAPHS, seeds=(0, 0)), "value of `seeds` may come once"),
+        (Plan(GRAPHS, steps=3), "multiple of `every`"),
+        (Plan(GRAPHS, every=0), "multiple of `every`"),
+        (Plan({**GRAPHS, "two": np.full((2, 2), 0.5)}), r"same nodes, got \[2, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(comparison.outcomes(Study("b", deal), roster, plan, jax.random.key(0)))
+    twins = roster | {"b": roster["a"]}
+    one = Plan({"ring": GRAPHS["ring"]}, hs=(0.2,), seeds=(0,), tuning_seeds=(1,))
+    with pytest.raises(ValueError, match="label may come once"):
+        next(comparison.outcomes(Study("b", deal), twins, one, jax.random.key(0)))
+
+    def silent(seed, h):
+        return deal(seed, h)._replace(judge=lambda x, y, batch, held: {"loss": 0.0})
+
+    with pytest.raises(ValueError, match=r"must give .*'test_accuracy'"):
+        next(comparison.outcomes(Study("b", silent), roster, one, jax.random.key(0)))
+
+
+def test_a_file_that_was_cut_off_is_refused(tmp_path):
+    path = tmp_path / "cells.csv"
+    scores = {name: np.full((2, 1), 0.5) for name in ("validation_loss", "a")}
+    history = dbo.History({"step": np.array([1, 2]), **scores})
+    cell = Cell("t", "m", "dense", True, "ring", 0.0, (0,), (1.0, 1.0), (0, 0), history)
+    comparison.to_csv([cell], path)
+    assert comparison.read_csv(path)[0].history["a"].tolist() == [[0.5], [0.5]]
+    path.write_text(path.read_text("utf-8")[:-9], "utf-8")
+    with pytest.raises(ValueError, match="cut off"):
+        comparison.read_csv(path)
+    with pytest.raises(ValueError, match="got none"):
+        comparison.to_csv([], path)

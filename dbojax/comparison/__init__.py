@@ -29,4 +29,5 @@ from dbojax.comparison.tables import summary as summary
 from dbojax.comparison.tables import table as table
 from dbojax.comparison.tuning import Grid as Grid
 from dbojax.comparison.tuning import Tuned as Tuned
+from dbojax.comparison.tuning import keys_of as keys_of
 from dbojax.comparison.tuning import tune as tune

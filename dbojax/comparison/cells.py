@@ -141,13 +141,23 @@ _STEPS = ("upper_step", "lower_step", "upper_edge", "lower_edge")
 
 
 def to_csv(cells: Sequence[Cell], path: str | os.PathLike) -> None:
-    """Write one row per cell, seed and evaluation; reads back to the same bits."""
+    """Write one row per cell, seed and evaluation; reads back to the same bits.
+
+    A file that is there is replaced in one piece once the new one is whole.
+
+    Raises:
+        ValueError: if there is no cell.
+    """
+    if not cells:
+        raise ValueError("`to_csv` needs a cell to write, got none.")
     names = list(cells[0].history)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    draft = f"{os.fspath(path)}.part"
+    with open(draft, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*_FACTS, *_STEPS, *names])
         for cell in cells:
             writer.writerows(_rows(cell, names))
+    os.replace(draft, path)
 
 
 def _rows(cell: Cell, names):
@@ -170,7 +180,7 @@ def read_csv(path: str | os.PathLike) -> list[Cell]:
     """The cells of a file, e.g. to draw them again.
 
     Raises:
-        ValueError: if the file is not one of :func:`to_csv`.
+        ValueError: if the file is not a whole one of :func:`to_csv`.
     """
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -179,6 +189,8 @@ def read_csv(path: str | os.PathLike) -> list[Cell]:
         raise ValueError(
             f"{path} is no table of a comparison: its columns must start with {head}."
         )
+    if any(None in row.values() or None in row for row in rows):
+        raise ValueError(f"{path} has a row that was cut off. Run the comparison anew.")
     groups: dict[tuple, dict[int, list[dict]]] = {}
     for row in rows:
         facts = tuple(row[name] for name in (*_FACTS[:-1], *_STEPS))

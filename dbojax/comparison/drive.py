@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 def outcomes(
     study: Study, roster: Mapping[str, Entry], plan: Plan, key: jax.Array
 ) -> Iterator[tuple[str, Outcome]]:
-    """Tune and run each entry in turn; all of an entry's runs are one program.
+    """Tune and run each entry in turn; tuning is one program, the table another.
 
     Args:
         study: the task.
@@ -55,13 +55,16 @@ def outcomes(
         The name of an entry, and what it did.
 
     Raises:
-        ValueError: if the plan is impossible.
+        ValueError: if the plan is impossible, entries share a label, or a task is not
+            judged as :class:`Study` says.
     """
     _check(plan)
+    _check_once([entry.label for entry in roster.values()], "entry's label")
     if not roster:
         return
     tuning = _dealt(study, plan.hs, plan.tuning_seeds)
     table = _dealt(study, plan.hs, plan.seeds)
+    _check_judge(table[0])
     first = next(iter(plan.graphs.values()))
     for entry, w in itertools.product(roster.values(), plan.graphs.values()):
         # Says so before any run where a method does not work over a graph.
@@ -88,8 +91,36 @@ def _check(plan: Plan) -> None:
             f"Seeds {both} would both tune and judge. Keep `tuning_seeds` apart from "
             "`seeds`, e.g. tuning_seeds=(1000, 1001)."
         )
-    for w in plan.graphs.values():
-        check_mixing_matrix(w)
+    for name in ("hs", "seeds", "tuning_seeds"):
+        _check_once(getattr(plan, name), f"value of `{name}`")
+    if min(plan.steps, plan.every) < 1 or plan.steps % plan.every:
+        raise ValueError(
+            "A plan's `steps` are a positive multiple of `every`, got "
+            f"{plan.steps} and {plan.every}."
+        )
+    sizes = {len(check_mixing_matrix(w)) for w in plan.graphs.values()}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"All graphs of a plan need the same nodes, got {sorted(sizes)}."
+        )
+
+
+def _check_once(values: Sequence, what: str) -> None:
+    if len(set(values)) < len(values):
+        raise ValueError(f"Each {what} may come once in a plan, got {tuple(values)}.")
+
+
+def _check_judge(task: Task) -> None:
+    """Refuse what would be missed after hours; nothing is computed."""
+    if task.judge is None:
+        return  # `stacked` says it
+    scores = jax.eval_shape(task.judge, task.x0, task.y0, task.batch, task.held)
+    missing = {"validation_loss", "test_accuracy"} - set(scores)
+    if missing:
+        raise ValueError(
+            f"`judge` must give {sorted(missing)} too, by which steps are tuned and "
+            f"methods are judged; it gives {sorted(scores)}."
+        )
 
 
 def _dealt(study: Study, hs, seeds) -> list[Task]:

@@ -67,9 +67,10 @@ def trajectories(
         (True, (1, 2, 2))
     """
     if min(steps, every) < 1 or steps % every:
+        right = max(every, 1) * max(1, steps // max(every, 1))
         raise ValueError(
             f"`steps` must be a positive multiple of `every`, got steps={steps}, "
-            f"every={every}. Write e.g. steps={max(1, steps // max(every, 1)) * every}."
+            f"every={every}. Write e.g. steps={right}, every={max(every, 1)}."
         )
 
     def one(key, settings, w, case: Cases):
@@ -92,7 +93,8 @@ def trajectories(
     def run(keys, settings, w, cases):
         out = program(keys, jnp.asarray(settings), jnp.asarray(w), cases)
         columns, traffic, calls = jax.block_until_ready(out)
-        return Trajectories(jax.tree.map(np.asarray, columns), traffic, calls)
+        columns = {name: np.asarray(v, float) for name, v in columns.items()}
+        return Trajectories(columns, traffic, calls)
 
     return run
 

@@ -35,7 +35,9 @@ class Scales(NamedTuple):
 class Study(NamedTuple):
     """A task that can be dealt out anew for every seed and heterogeneity.
 
-    Its objectives may differ from one dealing to the next by their batch alone.
+    Its objectives may differ from one dealing to the next by their batch alone. Its
+    tasks have ``judge`` and ``held``; among the scores are ``validation_loss``, by
+    which steps are tuned, and ``test_accuracy``, of which there is a target.
     """
 
     name: str

@@ -27,7 +27,7 @@ class Grid(NamedTuple):
 
     @property
     def runs(self) -> int:
-        """Pairs that are tried, for each way to deal out the data."""
+        """Runs per way to deal out the data; the best pair of a round comes again."""
         return self.rounds * len(self.upper) * len(self.lower)
 
 
@@ -109,7 +109,9 @@ def _grouped(tried, seen):
 
 
 def _best(grid, pairs, means):
-    good = np.flatnonzero(means <= means.min() + grid.slack * abs(means.min()))
+    least = means.min()
+    allowed = least + grid.slack * abs(least) if np.isfinite(least) else least
+    good = np.flatnonzero(means <= allowed)
     index = good[np.lexsort((pairs[good, 1], pairs[good, 0]))[0]]
     return (float(pairs[index, 0]), float(pairs[index, 1])), float(means[index])
 
