@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="of a method with ten inner rounds per step")
     add("--every", type=int, default=2, help="steps from evaluation to evaluation")
     add("--rounds", type=int, default=2, help="rounds of tuning, 9 settings each")
-    add("--slack", type=float, default=0.05, help="see `comparison.Grid`; 0: least loss")
+    add("--slack", type=float, default=0.05, help="of `Grid`; 0 takes the least loss")
     add("--key", type=int, default=0, help="seed of all randomness but the data's")
     add("--short", action="store_true", help="a small comparison in about two minutes")
     add("--out", type=Path, default=Path("results/compare"), help="folder to write to")

@@ -52,8 +52,8 @@ def laid_out(grid: Grid, centre: Sequence[float], turn: int) -> np.ndarray:
         >>> laid_out(Grid(upper=(1.0,), lower=(0.25, 4.0)), (3.0, 1.0), turn=1).tolist()
         [[3.0, 0.5], [3.0, 2.0]]
     """
-    if not 0 <= grid.slack:
-        raise ValueError(f"`slack` is a share >= 0 of the least loss, got {grid.slack}.")
+    if not grid.slack >= 0:
+        raise ValueError(f"`slack` is a share of the least loss, got {grid.slack}.")
     numbers = (*grid.upper, *grid.lower, *centre)
     if not (grid.upper and grid.lower and min(numbers) > 0 and grid.rounds >= 1):
         raise ValueError(
