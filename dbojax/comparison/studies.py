@@ -204,6 +204,6 @@ def studies(fashion: str | os.PathLike | None = None) -> dict[str, Study]:
         source = _clothes(Path(fashion))
         source()  # says at once where files are missing
         how = _seeded(hyper_representation, source, backbone=mlp((32, 16)))
-        scales = Scales(upper=0.1, lower=1.0, smoothness=1.0)
+        scales = Scales(upper=0.003, lower=0.1, smoothness=10.0)
         found.append(Study("fashion_representation", how, scales))
     return {study.name: study for study in found}
