@@ -88,7 +88,6 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="of a method with ten inner rounds per step")
     add("--every", type=int, default=2, help="steps from evaluation to evaluation")
     add("--rounds", type=int, default=2, help="rounds of tuning, 9 settings each")
-    add("--slack", type=float, default=0.05, help="of `Grid`; 0 takes the least loss")
     add("--key", type=int, default=0, help="seed of all randomness but the data's")
     add("--short", action="store_true", help="a small comparison in about two minutes")
     add("--out", type=Path, default=Path("results/compare"), help="folder to write to")
@@ -210,7 +209,7 @@ def _planned(options):
         tuning_seeds=tuple(range(1000, 1000 + options.tuning_seeds)),
         steps=options.steps,
         every=options.every,
-        grid=comparison.Grid(rounds=options.rounds, slack=options.slack),
+        grid=comparison.Grid(rounds=options.rounds),
     )
     return studies, plan
 
@@ -236,8 +235,7 @@ def _head(plan: Plan) -> list[str]:
         f"pairs of steps around a centre, on each of {len(plan.tuning_seeds)} other "
         "ways to deal the samples out, as long as those of the table, apart for each "
         f"task and h, on the graph {first!r} alone; the least validation loss, mean "
-        f"over the run and the seeds, is chosen, or within {plan.grid.slack:.0%} of it "
-        "the smallest upper, then lower step. All graphs use those steps.",
+        "over the run and the seeds, is chosen. All graphs use those steps.",
     ]
 
 

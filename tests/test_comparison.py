@@ -265,15 +265,19 @@ def test_tuning_takes_the_smallest_mean_and_leaves_out_what_diverges():
     assert found[0].edge == (False, True)
 
 
-def test_of_pairs_as_good_the_smallest_steps_are_taken():
-    def losses(pairs):
-        table = {1.0: 1.1, 2.0: 1.04, 4.0: 1.0, 8.0: 1.02}
-        return np.vectorize(table.get)(pairs[..., 0])[:, None]
+def test_of_pairs_as_good_the_smallest_is_the_next_centre_and_the_least_is_chosen():
+    seen = []
 
-    grid = Grid(upper=(8.0, 4.0, 2.0, 1.0), lower=(2.0, 1.0), rounds=1)
-    for slack, upper in ((0.05, 2.0), (0.0, 4.0), (0.2, 1.0)):
+    def losses(pairs):
+        seen.append(pairs[0])
+        table = {1.0: 1.1, 2.0: 1.04, 4.0: 1.0, 8.0: 1.02}
+        return np.vectorize(lambda u: table.get(u, 2.0))(pairs[..., 0])[:, None]
+
+    grid = Grid(upper=(8.0, 4.0, 2.0, 1.0), lower=(2.0, 1.0))
+    for slack, centre in ((0.05, 2.0), (0.0, 4.0), (0.2, 1.0)):
         [found] = comparison.tune(losses, grid._replace(slack=slack), (1.0, 0.3), 1)
-        assert found.settings == (upper, 0.3)
+        assert found.settings == (4.0, 0.3)
+        assert seen[-1].min(0).tolist() == [centre, 0.3]
 
 
 def test_tuning_apart_for_each_group():

@@ -13,21 +13,22 @@ import numpy as np
 class Grid(NamedTuple):
     """How step sizes are sought; one grid for all methods, around each one's centre.
 
-    In the first round the factors multiply the centre, in each further one the best
-    pair so far, and are drawn together by a square root: a bad centre can be left.
+    In the first round the factors multiply the centre, in each further one a good pair
+    so far, and are drawn together by a square root: a bad centre can be left. The pair
+    of the least loss is chosen in the end.
     """
 
     upper: tuple[float, ...] = (0.1, 1.0, 10.0)
     lower: tuple[float, ...] = (0.2, 1.0, 5.0)
     rounds: int = 2
-    # Pairs within this share of the least loss are as good; the smallest upper step of
-    # them is taken, then the smallest lower one: a step at the brink of stability would
-    # diverge on other seeds and graphs.
+    # Pairs within this share of the least loss are as good a centre for the next round;
+    # the smallest upper step of them is taken, then the smallest lower one, so that
+    # further pairs are not laid out beyond the brink of stability.
     slack: float = 0.05
 
     @property
     def runs(self) -> int:
-        """Runs per way to deal out the data; the best pair of a round comes again."""
+        """Runs per way to deal out the data; the centre of a round comes again."""
         return self.rounds * len(self.upper) * len(self.lower)
 
 
@@ -101,8 +102,8 @@ def tune(
         means = np.where(np.isfinite(found), found, np.inf).mean(1)
         tried.append(pairs)
         seen.append(means)
-        centres = [_best(grid, *group)[0] for group in _grouped(tried, seen)]
-    return [_record(grid, *group) for group in _grouped(tried, seen)]
+        centres = [_good(grid.slack, *group)[0] for group in _grouped(tried, seen)]
+    return [recorded(*group) for group in _grouped(tried, seen)]
 
 
 def _grouped(tried, seen):
@@ -110,16 +111,23 @@ def _grouped(tried, seen):
     return zip(np.concatenate(tried, 1), np.concatenate(seen, 1), strict=True)
 
 
-def _best(grid, pairs, means):
+def _good(slack, pairs, means):
+    """The smallest pair within the slack of the least loss, and its loss."""
     least = means.min()
-    allowed = least + grid.slack * abs(least) if np.isfinite(least) else least
+    allowed = least + slack * abs(least) if np.isfinite(least) else least
     good = np.flatnonzero(means <= allowed)
     index = good[np.lexsort((pairs[good, 1], pairs[good, 0]))[0]]
     return (float(pairs[index, 0]), float(pairs[index, 1])), float(means[index])
 
 
-def _record(grid, pairs, means) -> Tuned:
-    settings, loss = _best(grid, pairs, means)
+def recorded(pairs: np.ndarray, means: np.ndarray) -> Tuned:
+    """What tuning makes of all that it saw.
+
+    Args:
+        pairs: that were tried, ``(runs, 2)``.
+        means: their losses, ``(runs,)``; of equal ones the smallest steps are taken.
+    """
+    settings, loss = _good(0.0, pairs, means)
     ends = pairs.min(0), pairs.max(0)
     upper, lower = (any(settings[i] == end[i] for end in ends) for i in (0, 1))
     return Tuned(settings, loss, (upper, lower), pairs, means)
