@@ -255,7 +255,8 @@ def test_a_server_gives_estimates_and_no_flows(name):
     top = dbo.compressors.top_k(1)
     mean = dbo.mixing.averaging(toys.N)
     c = dbo.channels
-    for channel in (c.ef21(mean, top), c.server(mean), c.ef14(mean, top)):
+    averaged = c.smoothed(_wire(), 0.5)
+    for channel in (c.ef21(mean, top), c.server(mean), c.ef14(mean, top), averaged):
         with pytest.raises(ValueError, match=r"between neighbours.*allreduce"):
             MAKES[name](channel, optax.sgd(STEP))
     for gain, kind in ((np.float32(-0.5), ValueError), ("half", TypeError)):

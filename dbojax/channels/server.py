@@ -302,7 +302,8 @@ def smoothed(channel: Channel, weight: float) -> Channel:
         started = started | state.started
         return held, SmoothedState(average, started, memory), traffic
 
-    return channel._replace(init=init, send=send)
+    # What nodes move by would be that of the average, not of the value.
+    return channel._replace(init=init, send=send, flow=None)
 
 
 def _check(mix, name, uplink, downlink, check):
