@@ -3,6 +3,7 @@
 import csv
 import functools
 import re
+import sys
 
 import jax
 import numpy as np
@@ -479,3 +480,13 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path):
         comparison.read_csv(path)
     with pytest.raises(ValueError, match="got none"):
         comparison.to_csv([], path)
+
+
+def test_names_are_listed_without_the_extras(monkeypatch, capsys):
+    for name in ("flax", "sklearn", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert dbo.__version__ in capsys.readouterr().out
+    assert len(comparison.studies()) == 3
