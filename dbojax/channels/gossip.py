@@ -238,9 +238,7 @@ def _absorb(mix, compressor, key, payload, own, mixed):
 
         return jax.lax.scan(add_one, into, (messages, weights))[0]
 
-    own = mix.lift(lambda message, into: compressor.add(message, 1.0, into))(
-        payload, own
-    )
+    own = _added(mix, compressor, payload, own)
     received = mix.exchange(payload)
     mixed = mix.lift(add_all)(received, mix.weights, mixed)
     return own, _refreshed(mix, key, own, mixed) if mix.local else mixed
