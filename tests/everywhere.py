@@ -12,6 +12,12 @@ N, DX, DY = 8, 3, 5
 A, C, S, H = dbo.algorithms, dbo.channels, dbo.strategies, dbo.hypergradients
 TOP = dbo.compressors.top_k(0.4)
 QSGD = dbo.compressors.qsgd(16)
+# Their server takes a mean over devices, which an all-reduce may round another way.
+MEANS = (
+    *("soba", "saba", "ma_soba", "c_soba", "cm_soba", "ef_soba", "ef21", "ef14"),
+    *("fg2u_shared", "fg2u_own"),
+    *("rabo", "rafbo", "fednest", "fedbio", "simfbo", "shrofbo"),
+)
 STEPS = {"upper_step": 0.02, "lower_step": 0.1}
 
 
