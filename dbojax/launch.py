@@ -216,13 +216,16 @@ def _first_failure(running: tuple[list[Child], queue.SimpleQueue]) -> End | None
 
 
 def _culprit(end: End, ends: queue.SimpleQueue) -> End:
-    """Of those that fell together, one that was killed: it cannot have chosen to."""
+    """Of those that fell together, one that was killed by other hands.
+
+    The rest follow within milliseconds: JAX raises, or aborts, where a peer is lost.
+    """
     found = [end]
     time.sleep(0.02)
     with contextlib.suppress(queue.Empty):
         while True:
             found.append(ends.get_nowait())
-    killed = [end for end in found if end.status == -signal.SIGKILL]
+    killed = [end for end in found if end.status < 0 and end.status != -signal.SIGABRT]
     return killed[0] if killed else end
 
 
