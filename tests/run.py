@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # A file's tests share compiled programs, cached tasks and fixtures: on one worker. Files
-# in the order of pyproject.toml, long ones first: by default those of few tests are last,
-# long as they may be, and one worker idles.
+# go out in the order of pyproject.toml, else those with few tests come last, however
+# long they take, and one worker idles.
 TOGETHER = ["--dist", "loadfile", "--no-loadscope-reorder"]
 
 
