@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # A file's tests share compiled programs, cached tasks and fixtures: on one worker.
-# Files go out in the order of pyproject.toml, else those of few tests come last, however
-# long they take, and one worker idles.
+# Files go out in the order of pyproject.toml; else those of few tests come last, long
+# as they may take, and one worker idles.
 TOGETHER = ["--dist", "loadfile", "--no-loadscope-reorder"]
 
 

@@ -100,7 +100,9 @@ def alone(entry, cell, seed):
 def test_one_program_equals_single_runs_with_their_own_mixers(outcomes, name):
     cells = {cell.place: cell for cell in outcomes[name].cells}
     assert len(cells) == 4
-    for graph, seed, h in (("ring", 0, 0.8), ("star", 1, 0.2)):
+    # Not seed 0 at h = 0.8: a node there lacks two of the three classes, its gradients
+    # are the same for both, and rounding decides which of two equals top-k keeps.
+    for graph, seed, h in (("ring", 1, 0.8), ("star", 0, 0.2)):
         cell = cells["blobs", graph, h]
         single = alone(ROSTER[name], cell, seed)
         for column in (
