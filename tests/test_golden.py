@@ -102,9 +102,9 @@ def test_floors(case):
     steps = 1200 if penalty == 100 else 1000
     if rounds == 1 or "K 10" in case:
         steps = 1500
-    # In float64 where rounding is seen: the last agreement, and an early norm that it
-    # moves by some percent.
-    short = make is _top and rounds != 3 and "K 10" not in case
+    # In float64 where rounding is seen: in the last agreement, and in the early norm of
+    # few rounds, which float32 moves by more than is allowed.
+    short = make is _top and rounds >= 5 and "K 10" not in case
     state, norms = _norms(_method(make(*settings), rounds, penalty), steps, short)
     assert norms[-1] == pytest.approx(floor, rel=0.03)
     if make is _top and penalty == 100:
