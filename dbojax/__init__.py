@@ -7,6 +7,7 @@ from dbojax import base as base
 from dbojax import channels as channels
 from dbojax import comparison as comparison
 from dbojax import compressors as compressors
+from dbojax import devices as devices
 from dbojax import hypergradients as hypergradients
 from dbojax import mixing as mixing
 from dbojax import networks as networks

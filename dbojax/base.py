@@ -182,8 +182,8 @@ class Mix(NamedTuple):
     averages: bool = False  # whether `apply` gives every node the mean
     symmetric: bool = True  # whether W is known to be, or is traced
     # flow(v) = W v - v, taken from differences, so that rounding errors vanish with
-    # the disagreement; None where that cannot be had.
-    flow: Callable[[Tree], Tree] | None = None
+    # the disagreement, or flow(payload, decode); None where that cannot be had.
+    flow: Callable[..., Tree] | None = None
 
 
 class Network(NamedTuple):
@@ -205,6 +205,13 @@ class Network(NamedTuple):
     heard: int  # slots, the first ones, that ever have a weight
     symmetric: bool  # whether every W is
     doubly: bool  # whether the rows of every W sum to one as well
+    # total(v, weights, apart=False, decode=None) = sum_k w_ik v_j over the heard slots,
+    # (n, ...); of v_j - v_i if apart, of decode(v_j) if v is what travels.
+    total: Callable[..., Tree]
+    # (n, K - 1, ...) -> (n, K - 1, ...), without oneself: what the node at the other
+    # end of each link has in its slot of it.
+    swap: Callable[[Tree], Tree]
+    lift: Callable[[Callable], Callable]  # f on one node -> f on the node axis
 
 
 class Clock(NamedTuple):

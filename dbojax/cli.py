@@ -1,4 +1,7 @@
-"""The command line: ``dbojax compare``. Names become values here and nowhere else."""
+"""The command line: ``dbojax compare`` and ``dbojax launch``.
+
+Names become values here and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ import optax
 
 import dbojax as dbo
 from dbojax import comparison, topology
+from dbojax import launch as launcher
 from dbojax.comparison import tables
 from dbojax.comparison.drive import Plan
 
@@ -93,6 +97,19 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("results/compare"), help="folder to write to")
     add("--resume", action="store_true", help="keep what the folder holds, add to it")
     add("--no-plots", action="store_true", help="write tables alone")
+    add = commands.add_parser(
+        "launch",
+        usage="dbojax launch -n N [options] {script.py | -m module} [its arguments]",
+        help="one script as several processes on this host",
+    ).add_argument
+    add("-n", type=int, required=True, metavar="N", help="number of processes")
+    add("--devices", type=int, metavar="K", help="virtual CPU devices of each")
+    add("--restarts", type=int, default=0, metavar="R", help="after one has failed")
+    add("--timeout", type=float, metavar="S", help="seconds to wait for a process")
+    add("--logs", type=Path, metavar="DIR", help="folder for the output of 1, 2, ...")
+    add("-m", action="store_true", dest="module", help="run a module, not a script")
+    add("script", help="run by every process, with what follows as its arguments")
+    add("arguments", nargs=argparse.REMAINDER)
     return top
 
 
@@ -104,11 +121,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     try:
+        if options.command == "launch":
+            return launch(options)
         compare(options)
     except (ValueError, ImportError, OSError) as error:
-        print(f"dbojax compare: {error}", file=sys.stderr)
+        print(f"dbojax {options.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Run a script as several processes; the exit status."""
+    command = ["-m"] * options.module + [options.script, *options.arguments]
+    return launcher.launch(
+        command,
+        options.n,
+        devices=options.devices,
+        restarts=options.restarts,
+        timeout=options.timeout,
+        logs=options.logs,
+    )
 
 
 def compare(options: argparse.Namespace) -> list[comparison.Cell]:

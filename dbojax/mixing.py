@@ -6,7 +6,6 @@ the one that was fastest when measured on CPU.
 
 from __future__ import annotations
 
-import numbers
 from typing import NamedTuple
 
 import jax
@@ -192,7 +191,7 @@ def averaging(n: int) -> Mix:
     def product(leaf):
         return jnp.broadcast_to(trees.node_mean(leaf)[None], leaf.shape)
 
-    _check_count(n, "averaging")
+    trees.check_count(n, "averaging")
     table = _neighbours(np.full((n, n), 1 / n))
     return _mix(n, product, table, n * (n - 1), averages=True)
 
@@ -218,7 +217,7 @@ def along(axis_name: str, n: int) -> Mix:
         >>> mean[:, 0].tolist()
         [1.5, 1.5, 1.5, 1.5]
     """
-    _check_count(n, "along")
+    trees.check_count(n, "along")
 
     def gather(leaf):
         return jax.lax.all_gather(leaf, axis_name, tiled=True)
@@ -244,8 +243,3 @@ def along(axis_name: str, n: int) -> Mix:
     weights = jnp.full((1, n), 1 / n)
     links = n * (n - 1)
     return Mix(apply, exchange, weights, links, jax.vmap, nodes, False, averages=True)
-
-
-def _check_count(n, name):
-    if not isinstance(n, numbers.Integral) or n < 1:
-        raise ValueError(f"`{name}` needs a whole number n >= 1 of nodes, got {n!r}.")

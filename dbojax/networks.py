@@ -268,7 +268,33 @@ def _network(ws, name) -> Network:
         del key
         return turns[0] if len(ws) == 1 else turns[step % len(ws)]
 
-    return Network(*table, weights, links, heard, symmetric, doubly)
+    return Network(
+        *table,
+        weights,
+        links,
+        heard,
+        symmetric,
+        doubly,
+        _total(table.nodes[:, :heard]),
+        _swap(table.nodes[:, 1:], table.reverse[:, 1:] - 1),
+        jax.vmap,
+    )
+
+
+def _total(nodes):
+    def total(v, weights, apart=False, decode=None):
+        def one(leaf):
+            less = leaf if apart else None
+            return trees.gathered(leaf, nodes, weights, less=less)
+
+        v = v if decode is None else jax.vmap(decode)(v)
+        return jax.tree.map(trees.island(one), v)
+
+    return total
+
+
+def _swap(nodes, reverse):
+    return lambda tree: jax.tree.map(lambda leaf: leaf[nodes, reverse], tree)
 
 
 def _in_slots(w, nodes):

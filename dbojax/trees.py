@@ -122,8 +122,7 @@ def replicate(tree: Tree, n: int) -> Tree:
         >>> replicate({"a": jnp.ones(3)}, 4)["a"].shape
         (4, 3)
     """
-    if not isinstance(n, numbers.Integral) or n < 1:
-        raise ValueError(f"`replicate` needs a whole number n >= 1 of nodes, got {n}.")
+    check_count(n, "replicate")
     return jax.tree.map(lambda a: jnp.repeat(jnp.asarray(a)[None], n, axis=0), tree)
 
 
@@ -299,6 +298,15 @@ def island(product: Callable[[jax.Array], jax.Array]) -> Callable:
         return jax.lax.platform_dependent(leaf, cpu=bordered, default=product)
 
     return either
+
+
+def check_count(value: Any, name: str, of: str = "nodes") -> None:
+    """Refuse what is not a whole number >= 1."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise ValueError(
+            f"`{name}` needs a whole number n >= 1 of {of}, got {value!r}."
+        )
 
 
 def check_positive(value: Any, name: str) -> None:

@@ -12,13 +12,13 @@ import dbojax
 PACKAGE = Path(dbojax.__file__).parent
 EXTRAS = {"sklearn", "flax", "matplotlib", "tqdm", "networkx", "orbax"}
 # The command line composes, as users do; so it may import anything.
-EDGES = {"dbojax", "dbojax.cli", "dbojax.__main__"}
+EDGES = {"dbojax", "dbojax.cli", "dbojax.launch", "dbojax.__main__"}
 # A driver above the parts, which composes as users do.
 DRIVERS = "dbojax.comparison"
 # Algorithms and optimisers compose parts, and know neither data nor drivers.
 COMPOSERS = {"dbojax.algorithms", "dbojax.optim"}
 NOT_PARTS = {
-    *("dbojax.tasks", "dbojax.runner", "dbojax.plots", "dbojax.cli"),
+    *("dbojax.tasks", "dbojax.runner", "dbojax.plots", "dbojax.cli", "dbojax.launch"),
     DRIVERS,
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -54,14 +53,10 @@ def changing(network: Network, gamma: float = 1.0) -> Channel:
 
     def flow(key, v, state, mask=None):
         no_mask(mask, "changing")
-        nodes, weights = _heard(network, _drawn(network, key, state))
-
-        def moves(leaf):
-            # Differences: rounded rows, as those of short floats, keep equal values.
-            heard = trees.gathered(leaf, nodes, weights, less=leaf)
-            return trees.times(gamma, heard)
-
-        moved = jax.tree.map(trees.island(moves), v)
+        weights = _heard(network, _drawn(network, key, state))
+        # Differences: rounded rows, as those of short floats, keep equal values.
+        apart = network.total(v, weights, apart=True)
+        moved = jax.tree.map(lambda leaf: trees.times(gamma, leaf), apart)
         return moved, _after(state), _traffic(network, v)
 
     return Channel(_counter(network), sender(flow), network=network, flow=flow)
@@ -103,25 +98,20 @@ def push(network: Network) -> Channel:
 
     def send(key, v, state, mask=None):
         no_mask(mask, "push")
-        nodes, weights = _heard(network, _drawn(network, key, state))
-
-        def shares(leaf):
-            # In short floats the shares of a value would not add up to it.
-            wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-            return trees.gathered(wide, nodes, weights).astype(leaf.dtype)
-
-        moved = jax.tree.map(trees.island(shares), v)
+        weights = _heard(network, _drawn(network, key, state))
+        # In short floats the shares of a value would not add up to it.
+        moved = trees.cast(network.total(v, weights, decode=trees.wide), v)
         return moved, _after(state), _traffic(network, v)
 
     return Channel(_counter(network), send, pushes=True, network=network)
 
 
 class LinkCopiesState(NamedTuple):
-    """What the ends of each link know of each other."""
+    """What the ends of a link know of each other; (n, K - 1, ...), without oneself."""
 
-    # (n, K - 1, ...): of the node in each slot, without its own. Both ends hold it.
-    copies: Tree
-    compressor: State  # (n, K - 1, ...), the sender's
+    told: Tree  # what the node in a slot knows of this one
+    heard: Tree  # what this one knows of the node in a slot
+    compressor: State  # for what it sends there
     clock: Clock
 
 
@@ -143,8 +133,8 @@ def changing_reference_point(
 
     A link that fails does so both ways, so a node that hears nothing knows that nothing
     arrived. Memory: a node keeps two copies for every link, 2 degree values, where
-    ``reference_point`` keeps two in all; here, where both ends are in one memory, n
-    times the largest degree in all, which on a star is n times too much.
+    ``reference_point`` keeps two in all; stacked, all nodes keep as many as the one
+    with the most neighbours, which on a star is n times too much.
 
     Args:
         network: symmetric, e.g. ``dbo.networks.lossy(dbo.networks.fixed(w), 0.2)``.
@@ -184,47 +174,45 @@ def changing_reference_point(
             "one the mean would drift. Use `dbo.channels.push(network)` with "
             "`dbo.strategies.gradient_push`."
         )
-    senders, back = network.nodes[:, 1:], network.reverse[:, 1:] - 1
-    receivers = np.broadcast_to(np.arange(len(senders))[:, None], senders.shape)
+    others = network.nodes[:, 1:]
+    own = np.broadcast_to(np.arange(len(others))[:, None], others.shape)
+
+    def on_links(f):
+        return network.lift(jax.vmap(f))
 
     def init(known):
-        trees.check_nodes(known, len(senders), "known")
-        copies = jax.tree.map(lambda leaf: leaf[senders], known)
-        memory = _over_links(compressor.init)(copies)
-        return LinkCopiesState(copies, memory, _midnight())
+        trees.check_nodes(known, len(others), "known")
+        told = jax.tree.map(lambda leaf: leaf[own], known)
+        memory = on_links(compressor.init)(told)
+        return LinkCopiesState(told, network.swap(told), memory, _midnight())
 
     def flow(key, v, state, mask=None):
         no_mask(mask, name)
         weights = _drawn(network, key, state.clock)[:, 1:]
-        keys = trees.pair_keys(jax.random.split(key)[1], senders, receivers)
-        news = jax.tree.map(lambda a, c: a[senders] - c, v, state.copies)
-        payload, memory = _over_links(compressor.compress)(keys, news, state.compressor)
+        keys = trees.pair_keys(jax.random.split(key)[1], own, others)
+        news = jax.tree.map(lambda a, c: a[:, None] - c, v, state.told)
+        payload, memory = on_links(compressor.compress)(keys, news, state.compressor)
         like = trees.one_node(trees.one_node(news))
 
-        def decode(message):
-            return compressor.decompress(message, like)
+        def add(message, copy):
+            sent = compressor.decompress(message, like)
+            return jax.tree.map(jnp.add, copy, sent)
 
-        copies = jax.tree.map(jnp.add, state.copies, _over_links(decode)(payload))
-        copies = _where_up(weights, copies, state.copies)
-        memory = _where_up(weights, memory, state.compressor)
+        told = on_links(add)(payload, state.told)
+        heard = on_links(add)(network.swap(payload), state.heard)
+        told, heard, memory = _where_up(weights, (told, heard, memory), state[:3])
 
-        def moves(copies):
-            apart = copies - copies[senders, back]
-            shape = weights.shape + (1,) * (apart.ndim - 2)
-            apart = jnp.asarray(weights, apart.dtype).reshape(shape) * apart
+        def moves(heard, told):
+            shape = weights.shape + (1,) * (heard.ndim - 2)
+            apart = jnp.asarray(weights, heard.dtype).reshape(shape) * (heard - told)
             return trees.times(gamma, apart.sum(axis=1))
 
-        state = LinkCopiesState(copies, memory, _after(state.clock))
+        state = LinkCopiesState(told, heard, memory, _after(state.clock))
         message = trees.nbytes(trees.one_node(trees.one_node(payload)))
         traffic = Traffic(message, message * network.links, rounds=1)
-        return jax.tree.map(moves, copies), state, traffic
+        return jax.tree.map(moves, heard, told), state, traffic
 
     return Channel(init, sender(flow), network=network, flow=flow)
-
-
-def _over_links(f: Callable) -> Callable:
-    """``f`` on one link -> ``f`` on the links of all nodes, (n, K - 1, ...)."""
-    return jax.vmap(jax.vmap(f))
 
 
 def _where_up(weights, tree, otherwise):
@@ -242,8 +230,8 @@ def _drawn(network, key, clock):
 
 
 def _heard(network, weights):
-    """The slots that ever have a weight."""
-    return network.nodes[:, : network.heard], weights[:, : network.heard]
+    """In the slots that ever have one."""
+    return weights[:, : network.heard]
 
 
 def _counter(network):

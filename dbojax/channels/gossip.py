@@ -67,10 +67,12 @@ def exact(mix: Mix, gamma: float = 1.0) -> Channel:
 
 
 class ReferencePointState(NamedTuple):
-    """Public copies, and the neighbours' average of them."""
+    """Public copies, and what a node keeps of those of its neighbours."""
 
     hat: Tree  # (n, ...)
-    mixed_hat: Tree  # (n, ...), W times `hat`, kept as a running sum
+    # W times `hat`, (n, ...), as a running sum, where all nodes share one memory; else
+    # what each node holds of its neighbours and itself, (n, K, ...).
+    heard: Tree
     compressor: State
 
 
@@ -87,10 +89,12 @@ def reference_point(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
     A node holds its neighbours' copies only as the sum :math:`\sum_j w_{ij} \hat v_j`
     and adds the messages to it, so that a sparse message costs what it weighs. The
     rounding errors of such a sum stay for ever, and a tracker adds them up: in float32
-    the mean of trackers drifts off at a steady rate. Where all nodes are on one device
+    the mean of trackers drifts off at a steady rate. Where all nodes share one memory
     the copies are therefore mixed anew, all of them or, next to sparse messages, a
     random block of columns in each exchange. A strategy with duals, which would add up
-    what is left of the errors, has all of them mixed anew each time.
+    what is left of the errors, has all of them mixed anew each time. Where nodes are
+    spread over devices (``dbo.devices.spread``), each keeps its neighbours' copies,
+    ``(n, K, ...)`` in all, and mixes them anew in each exchange.
 
     Args:
         mix: multiplies by a mixing matrix that stays fixed.
@@ -126,8 +130,9 @@ def reference_point(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
         trees.check_nodes(known, mix.weights.shape[0], "known")
         memory = mix.lift(compressor.init)(known)
         # The zeros of a tracker would be mixed by the compiler, for minutes if large.
-        mixed = mix.apply(jax.lax.optimization_barrier(known))
-        return ReferencePointState(known, mixed, memory)
+        known_late = jax.lax.optimization_barrier(known)
+        heard = mix.apply(known_late) if mix.local else mix.exchange(known_late)
+        return ReferencePointState(known, heard, memory)
 
     def said(key, v, state, mask):
         no_mask(mask, "reference_point")
@@ -136,19 +141,30 @@ def reference_point(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
 
     def send(key, v, state, mask=None):
         payload, memory = said(key, v, state, mask)
-        memories = state.hat, state.mixed_hat
-        hat, mixed_hat = _absorb(mix, compressor, key, payload, *memories)
-        held = _relax(v, hat, mixed_hat, gamma)
-        state = ReferencePointState(hat, mixed_hat, memory)
+        if mix.local:
+            hat, heard = _absorb(mix, compressor, key, payload, state.hat, state.heard)
+            held = _relax(v, hat, heard, gamma)
+        else:
+            hat, heard, moved = with_copies(payload, state)
+            held = jax.tree.map(lambda a, m: a + trees.times(gamma, m), v, moved)
+        state = ReferencePointState(hat, heard, memory)
         return held, state, _traffic(mix, payload)
 
     def flow(key, v, state, mask=None):
         payload, memory = said(key, v, state, mask)
-        hat = _added(mix, compressor, payload, state.hat)
-        moved = _differences(mix, hat)
-        mixed_hat = jax.tree.map(jnp.add, hat, moved)
-        state = ReferencePointState(hat, mixed_hat, memory)
+        if mix.local:
+            hat = _added(mix, compressor, payload, state.hat)
+            moved = _differences(mix, hat)
+            heard = jax.tree.map(jnp.add, hat, moved)
+        else:
+            hat, heard, moved = with_copies(payload, state)
+        state = ReferencePointState(hat, heard, memory)
         return _scaled(gamma, moved), state, _traffic(mix, payload)
+
+    def with_copies(payload, state):
+        hat = _added(mix, compressor, payload, state.hat)
+        heard = _added(mix, compressor, mix.exchange(payload), state.heard, jax.vmap)
+        return hat, heard, mix.lift(_apart)(heard, mix.weights, hat)
 
     return Channel(init, send, mix, flow=flow if mix.flow else None)
 
@@ -211,7 +227,11 @@ def error_feedback(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
         sent = _added(mix, compressor, payload, zeros)
         residual = jax.tree.map(jnp.subtract, target, sent)
         state = ErrorFeedbackState(residual, memory)
-        return _scaled(gamma, _differences(mix, sent)), state, _traffic(mix, payload)
+        if mix.local:
+            moved = _differences(mix, sent)
+        else:
+            moved = _differences(mix, payload, _decoder(compressor, v))
+        return _scaled(gamma, moved), state, _traffic(mix, payload)
 
     return Channel(init, send, mix, flow=flow if mix.flow else None)
 
@@ -221,16 +241,14 @@ def _absorb(mix, compressor, key, payload, own, mixed):
 
     Sender and receivers decode the same payload, so all copies are bit-identical.
     """
+    if not mix.local:
+        average = mix.apply(payload, _decoder(compressor, own))
+        own = _added(mix, compressor, payload, own)
+        return own, jax.tree.map(jnp.add, mixed, average)
     if not _scatters(mix, compressor, payload, own):
-        like = trees.one_node(own)
-
-        def decode(message):
-            return compressor.decompress(message, like)
-
-        own = jax.tree.map(jnp.add, own, mix.lift(decode)(payload))
-        if mix.local:
-            return own, mix.apply(own)
-        return own, jax.tree.map(jnp.add, mixed, mix.apply(payload, decode))
+        decoded = mix.lift(_decoder(compressor, own))(payload)
+        own = jax.tree.map(jnp.add, own, decoded)
+        return own, mix.apply(own)
 
     def add_all(messages, weights, into):
         def add_one(into, message):
@@ -241,19 +259,35 @@ def _absorb(mix, compressor, key, payload, own, mixed):
     own = _added(mix, compressor, payload, own)
     received = mix.exchange(payload)
     mixed = mix.lift(add_all)(received, mix.weights, mixed)
-    return own, _refreshed(mix, key, own, mixed) if mix.local else mixed
+    return own, _refreshed(mix, key, own, mixed)
 
 
-def _added(mix, compressor, payload, own):
-    """``own`` with the decoded payloads, without anything of the neighbours."""
-    like = trees.one_node(own)
+def _decoder(compressor, stacked):
+    """One node's payload -> what it says."""
+    like = trees.one_node(stacked)
+    return lambda message: compressor.decompress(message, like)
+
+
+def _added(mix, compressor, payload, into, slots=lambda add: add):
+    """``into`` with the decoded payloads; ``slots`` maps over those of one node."""
 
     def add(message, into):
         if compressor.add is not None:
             return compressor.add(message, 1.0, into)
-        return jax.tree.map(jnp.add, into, compressor.decompress(message, like))
+        sent = compressor.decompress(message, jax.eval_shape(lambda v: v, into))
+        return jax.tree.map(jnp.add, into, sent)
 
-    return mix.lift(add)(payload, own)
+    return mix.lift(slots(add))(payload, into)
+
+
+def _apart(copies, weights, own):
+    """Weighted sum of one node's copies less its own: (K, ...), (K,) -> (...)."""
+
+    def total(copies, own):
+        terms = (trees.times(weights[k], copies[k] - own) for k in range(len(copies)))
+        return sum(terms, start=jnp.zeros_like(own))
+
+    return jax.tree.map(total, copies, own)
 
 
 def _refreshed(mix, key, own, mixed):
@@ -296,9 +330,9 @@ def _relax(v, hat, mixed_hat, gamma):
     )
 
 
-def _differences(mix, v):
+def _differences(mix, *what):
     assert mix.flow is not None  # else the channel has no `flow` either
-    return mix.flow(v)
+    return mix.flow(*what)
 
 
 def _scaled(gamma, tree):

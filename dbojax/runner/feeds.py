@@ -36,8 +36,10 @@ def from_host(batch_at: Callable[[int], Tree]) -> HostBatches:
     into memory at a time.
 
     Args:
-        batch_at: the batch of step ``0, 1, ...`` as NumPy arrays; a pure function of
-            the step, since a resumed run asks for its steps again.
+        batch_at: the batch of step ``0, 1, ...`` as NumPy arrays, the same ones in
+            every process, or as arrays on the mesh of the state, of which each process
+            made its own rows; a pure function of the step, since a resumed run asks for
+            its steps again.
 
     Returns:
         A source to pass to ``run`` as ``batches``.
@@ -89,7 +91,14 @@ def _stack(rows, first: int) -> Tree:
                 f"at step {first}; got {_form(row)} at step {first + offset}. Pad the "
                 "odd batch, or drop it."
             )
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *rows)
+    return jax.tree.map(_stacked, *rows)
+
+
+def _stacked(*leaves) -> jax.Array:
+    # What lies on a mesh stays there.
+    if isinstance(leaves[0], jax.Array) and leaves[0].committed:
+        return jnp.stack(leaves)
+    return jnp.asarray(np.stack(leaves))
 
 
 def _form(row):

@@ -1,0 +1,242 @@
+"""Where nodes live: a mesh of devices, and arrays placed on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dbojax import trees
+from dbojax.base import Algorithm, Rounds, State, Tree
+
+AXIS = "nodes"
+PROCESSES = "DBOJAX_PROCESSES"  # how many `dbojax launch` has started
+
+
+def mesh(
+    n: int, *, devices: Sequence[Any] | None = None, **axes: int
+) -> jax.sharding.Mesh:
+    """A mesh whose axis ``"nodes"`` shares ``n`` nodes out in equal blocks.
+
+    Args:
+        n: number of nodes; device ``d`` of ``D`` along the axis holds the nodes from
+            ``d n / D`` on.
+        devices: which ones; by default all, of all processes.
+        axes: further axes by name and length, e.g. ``model=2``, along which leaves of
+            one node may be spread.
+
+    Returns:
+        A mesh of as many devices as share ``n`` nodes out without a rest. In one
+        process the others stay idle.
+
+    Raises:
+        ValueError: if ``n`` or an axis is not a positive integer, there are too few
+            devices, or devices of several processes do not share ``n`` nodes out.
+        RuntimeError: in a process of ``dbojax launch`` without
+            ``dbo.devices.start``: each would go its own way.
+
+    Examples:
+        >>> dict(mesh(16).shape), dict(mesh(6).shape), dict(mesh(2, model=4).shape)
+        ({'nodes': 8}, {'nodes': 6}, {'nodes': 2, 'model': 4})
+    """
+    if int(os.environ.get(PROCESSES) or 1) > 1 == jax.process_count():
+        raise RuntimeError(
+            "`dbojax launch` started this script as one of several processes, but it "
+            "has not joined the others. Call `dbo.devices.start()` first in it."
+        )
+    trees.check_count(n, "mesh", "nodes")
+    for name, length in axes.items():
+        trees.check_count(length, "mesh", f"devices along {name!r}")
+    found = list(jax.devices() if devices is None else devices)
+    others = int(np.prod([*axes.values()], dtype=int))
+    if AXIS in axes or not len(found) // others:
+        raise ValueError(
+            f"`mesh` shares {len(found)} devices out over 'nodes' and further axes "
+            f"{axes}; give these other names, and at most that many devices in all."
+        )
+    length = max(k for k in range(1, 1 + len(found) // others) if n % k == 0)
+    several = len({device.process_index for device in found}) > 1
+    if several and length * others != len(found):
+        raise ValueError(
+            f"{len(found)} devices of several processes do not share {n} nodes out "
+            f"evenly over {dict(axes) or 'one axis'}, and none may stay idle. Use a "
+            f"multiple of {len(found) // others} nodes, or other processes."
+        )
+    kind = jax.sharding.AxisType.Auto
+    return jax.make_mesh(
+        (length, *axes.values()),
+        (AXIS, *axes),
+        axis_types=(kind,) * (1 + len(axes)),
+        devices=found[: length * others],
+    )
+
+
+def place(tree: Tree, mesh: jax.sharding.Mesh, n: int | None = None) -> Tree:
+    """Put stacked arrays on a mesh: node ``i`` goes where the mesh has it.
+
+    Args:
+        tree: a state, or a batch. The inner samples of a ``Rounds`` have their nodes
+            on axis 1.
+        mesh: from :func:`mesh`.
+        n: number of nodes; by default the length of the first axis of the first array.
+            Leaves with another first axis, or none, are the same for all nodes, and
+            every device gets them whole.
+
+    Returns:
+        The tree with global arrays. Leaves that are on this mesh already, e.g. spread
+        along a second axis of it, stay as they are.
+
+    Raises:
+        ValueError: if the mesh has no axis ``"nodes"``, or it does not divide ``n``.
+
+    Examples:
+        >>> mesh = dbo.devices.mesh(4)
+        >>> held = place({"x": jnp.ones((4, 3)), "step": jnp.zeros(())}, mesh)
+        >>> held["x"].sharding.spec, held["step"].sharding.is_fully_replicated
+        (P('nodes',), True)
+    """
+    if isinstance(tree, Rounds):
+        count = _count(tree.outer, n)
+        inner = jax.tree.map(lambda leaf: _put(leaf, mesh, count, axis=1), tree.inner)
+        return Rounds(place(tree.outer, mesh, count), inner)
+    count = _count(tree, n)
+    check_divides(mesh, count)
+    return jax.tree.map(lambda leaf: _put(leaf, mesh, count), tree)
+
+
+def init(
+    method: Algorithm, x: Tree, y: Tree, mesh: jax.sharding.Mesh, n: int | None = None
+) -> State:
+    """Start an algorithm on a mesh, where no device ever holds all nodes.
+
+    Args:
+        method: the algorithm.
+        x: upper variables; of one node, from which all start, if ``n`` is given,
+            otherwise stacked.
+        y: likewise, lower variables.
+        mesh: from :func:`mesh`.
+        n: number of nodes.
+
+    Returns:
+        The state of ``method.init``, placed as by :func:`place`.
+
+    Raises:
+        ValueError: as from :func:`place` and ``method.init``.
+
+    Examples:
+        >>> task = dbo.tasks.quadratic(n=4)
+        >>> mesh, mean = dbo.devices.mesh(4), dbo.mixing.averaging(4)
+        >>> method = dbo.algorithms.soba(
+        ...     task.problem,
+        ...     mix=dbo.devices.spread(mean, mesh),
+        ...     upper_step=0.1,
+        ...     lower_step=0.1,
+        ... )
+        >>> state = init(method, task.x0, task.y0, mesh, n=4)
+        >>> state.x.shape[0], len(state.x.sharding.device_set)
+        (4, 4)
+    """
+
+    def start(x, y):
+        if n is not None:
+            x, y = trees.replicate((x, y), n)
+        return method.init(x, y)
+
+    shapes = jax.eval_shape(start, x, y)
+    count = _count(x, n)
+    check_divides(mesh, count)
+
+    def placed(leaf):
+        return jax.NamedSharding(mesh, _spec(leaf, count))
+
+    return jax.jit(start, out_shardings=jax.tree.map(placed, shapes))(x, y)
+
+
+def load(read: Callable[[int], Tree], n: int, mesh: jax.sharding.Mesh) -> Tree:
+    """Read every node's data where the node lives, and nowhere else.
+
+    Args:
+        read: the data of one node, as a tree of NumPy arrays of the same shapes for
+            all nodes; called by each process for its own nodes alone.
+        n: number of nodes.
+        mesh: from :func:`mesh`.
+
+    Returns:
+        Stacked global arrays, ``(n, ...)``, of which each device holds its nodes'.
+
+    Raises:
+        ValueError: if the mesh does not share ``n`` nodes out, or nodes differ in the
+            shapes or dtypes of their data.
+
+    Examples:
+        >>> mesh = dbo.devices.mesh(4)
+        >>> load(lambda node: np.full(2, node), 4, mesh)[:, 0].tolist()
+        [0, 1, 2, 3]
+    """
+    check_divides(mesh, n)
+    sharding = nodes_first(mesh)
+    held = sharding.addressable_devices_indices_map((n,))
+    blocks = {device: range(n)[index[0]] for device, index in held.items() if index}
+    # Devices along a second axis hold the same nodes: read once.
+    rows = {i: read(i) for i in sorted({i for b in blocks.values() for i in b})}
+    rows = {i: jax.tree.map(np.asarray, tree) for i, tree in rows.items()}
+    first = min(rows)
+    for node, tree in rows.items():
+        trees.check_like(tree, rows[first], f"read({node})", f"read({first})")
+
+    def assembled(*leaves):
+        of_node = dict(zip(rows, leaves, strict=True))
+        parts = [
+            jax.device_put(np.stack([of_node[i] for i in block]), device)
+            for device, block in blocks.items()
+        ]
+        shape = (n, *leaves[0].shape)
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+    return jax.tree.map(assembled, *rows.values())
+
+
+def nodes_first(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
+    """Placement of a stacked array: its first axis along the mesh's nodes."""
+    return jax.NamedSharding(mesh, jax.P(AXIS))
+
+
+def check_divides(mesh: jax.sharding.Mesh, n: int) -> int:
+    """How many nodes a device holds, or say why ``n`` cannot be shared out."""
+    trees.check_type(mesh, jax.sharding.Mesh, "mesh", "dbo.devices.mesh(n)")
+    length = mesh.shape.get(AXIS)
+    if length is None or n % length:
+        raise ValueError(
+            f"{n} nodes need a mesh with an axis {AXIS!r} whose length divides {n}; "
+            f"got {dict(mesh.shape)}. Make one with `dbo.devices.mesh({n})`."
+        )
+    return n // length
+
+
+def _count(tree, n):
+    if n is not None:
+        return n
+    lengths = [np.shape(leaf)[0] for leaf in jax.tree.leaves(tree) if np.ndim(leaf)]
+    if not lengths:
+        raise ValueError(
+            "The number of nodes is the length of the first axis of the first array, "
+            "but here is none. Write `place(tree, mesh, n)`."
+        )
+    return lengths[0]
+
+
+def _put(leaf, mesh, n, axis=0):
+    spec = _spec(leaf, n, axis)
+    if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, jax.NamedSharding):
+        before = leaf.sharding
+        if before.mesh == mesh and before.spec[: len(spec)] == tuple(spec):
+            return leaf
+    return jax.device_put(leaf, jax.NamedSharding(mesh, spec))
+
+
+def _spec(leaf, n, axis=0):
+    stacked = np.ndim(leaf) > axis and np.shape(leaf)[axis] == n
+    return jax.P(*(None,) * axis, AXIS) if stacked else jax.P()
