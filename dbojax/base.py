@@ -173,6 +173,7 @@ class Mix(NamedTuple):
     # (n, ...) -> (n, K, ...): the payloads of each node's neighbours, itself included.
     exchange: Callable[[Payload], Payload]
     weights: jax.Array  # (n, K), the entries of W that belong to `exchange`
+    heard: np.ndarray  # (n, K), int: the numbers of the nodes that `exchange` brings
     links: int  # directed edges that carry a message
     lift: Callable[[Callable], Callable]  # f on one node -> f on the node axis
     # Numbers of the nodes on axis 0, from 0; fewer than K inside `shard_map`.
@@ -205,12 +206,14 @@ class Network(NamedTuple):
     heard: int  # slots, the first ones, that ever have a weight
     symmetric: bool  # whether every W is
     doubly: bool  # whether the rows of every W sum to one as well
-    # total(v, weights, apart=False, decode=None) = sum_k w_ik v_j over the heard slots,
-    # (n, ...); of v_j - v_i if apart, of decode(v_j) if v is what travels.
+    # (T, n, K), bool: the slots that may have a weight at steps 0 to T - 1, then anew.
+    turns: np.ndarray
+    # total(v, weights, step, apart=False, decode=None) = sum_k w_ik v_j over the heard
+    # slots, (n, ...); of v_j - v_i if apart, of decode(v_j) if v is what travels.
     total: Callable[..., Tree]
-    # (n, K - 1, ...) -> (n, K - 1, ...), without oneself: what the node at the other
-    # end of each link has in its slot of it.
-    swap: Callable[[Tree], Tree]
+    # swap(tree, step=None), (n, K - 1, ...) without oneself: what the node at the other
+    # end of each link that is up at this step, or of all, has in its slot of it.
+    swap: Callable[..., Tree]
     lift: Callable[[Callable], Callable]  # f on one node -> f on the node axis
 
 
@@ -245,6 +248,8 @@ class Strategy(NamedTuple):
     init: Callable[[Tree], State]
     # update(key, v, direction, state, mask=None) -> (v, state, Traffic)
     update: Callable[..., tuple[Tree, State, Traffic]]
+    # f on one node -> f on the node axis, where the channel's nodes live.
+    lift: Callable[[Callable], Callable] = jax.vmap
 
 
 @jax.tree_util.register_dataclass

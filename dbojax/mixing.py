@@ -70,6 +70,7 @@ def _mix(
         apply,
         exchange,
         weights,
+        np.asarray(table.nodes),
         links,
         jax.vmap,
         nodes,
@@ -242,4 +243,7 @@ def along(axis_name: str, n: int) -> Mix:
 
     weights = jnp.full((1, n), 1 / n)
     links = n * (n - 1)
-    return Mix(apply, exchange, weights, links, jax.vmap, nodes, False, averages=True)
+    heard = np.arange(n)[None]
+    return Mix(
+        apply, exchange, weights, heard, links, jax.vmap, nodes, False, averages=True
+    )

@@ -275,6 +275,7 @@ def _network(ws, name) -> Network:
         heard,
         symmetric,
         doubly,
+        np.asarray(turns) > 0,
         _total(table.nodes[:, :heard]),
         _swap(table.nodes[:, 1:], table.reverse[:, 1:] - 1),
         jax.vmap,
@@ -282,7 +283,9 @@ def _network(ws, name) -> Network:
 
 
 def _total(nodes):
-    def total(v, weights, apart=False, decode=None):
+    def total(v, weights, step, apart=False, decode=None):
+        del step  # weights are zero where nothing is heard
+
         def one(leaf):
             less = leaf if apart else None
             return trees.gathered(leaf, nodes, weights, less=less)
@@ -294,7 +297,11 @@ def _total(nodes):
 
 
 def _swap(nodes, reverse):
-    return lambda tree: jax.tree.map(lambda leaf: leaf[nodes, reverse], tree)
+    def swap(tree, step=None):
+        del step
+        return jax.tree.map(lambda leaf: leaf[nodes, reverse], tree)
+
+    return swap
 
 
 def _in_slots(w, nodes):

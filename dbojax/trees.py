@@ -276,7 +276,8 @@ def gathered(
         return sum_ + total(*chunk), None
 
     parts = chunked(nodes), chunked(weights)
-    return jax.lax.scan(add, jnp.zeros_like(leaf), parts)[0]
+    start = jnp.zeros((len(nodes), *leaf.shape[1:]), leaf.dtype)
+    return jax.lax.scan(add, start, parts)[0]
 
 
 def island(product: Callable[[jax.Array], jax.Array]) -> Callable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -111,6 +112,8 @@ def compose(
     trees.check_type(problem, Problem, "problem", "dbo.Problem(upper=f, lower=g)")
     trees.check_type(oracle, Oracle, "oracle", "dbo.oracles.soba(problem)")
     _check_phases(phases)
+    lift = _lift(phases)
+    directions_at, upper_of = lift(oracle.directions), lift(problem.upper)
     if participants is not None and (
         not isinstance(participants, numbers.Integral) or participants < 1
     ):
@@ -129,7 +132,7 @@ def compose(
                 f"{trees.num_nodes(y)}. Stack both for the same nodes with "
                 "`dbo.replicate(value, n)`."
             )
-        z, memory = jax.vmap(oracle.init)(x, y)
+        z, memory = lift(oracle.init)(x, y)
         starts = {"x": x, "y": y, "z": z}
         strategies = {
             name: strategy.init(starts[name])
@@ -149,14 +152,14 @@ def compose(
             mask = trees.participation(key_mask, trees.num_nodes(state.x), participants)
         for phase, key_phase in zip(phases, keys, strict=True):
             state, sent, phase_norm = _run_phase(
-                oracle, phase, key_phase, state, batch, mask
+                directions_at, phase, key_phase, state, batch, mask
             )
             traffic += sent * phase.times
             costs = (oracle.calls[_LEVELS.index(name)] for name in phase.moves)
             calls += sum(costs, start=Calls()) * phase.times
             norm = phase_norm if phase.x is not None else norm
         state = state._replace(step=state.step + 1)
-        return state, _metrics(problem, state, batch, norm, traffic, calls)
+        return state, _metrics(upper_of, state, batch, norm, traffic, calls)
 
     return Algorithm(init, step)
 
@@ -208,12 +211,18 @@ def _check_phases(phases):
             trees.check_type(strategy, Strategy, f"Phase.{name}", example)
 
 
+def _lift(phases) -> Callable:
+    """How to map over nodes; left to the compiler, a mesh might gather their data."""
+    lifts = [move.lift for phase in phases for move in phase.moves.values()]
+    return next((lift for lift in lifts if lift is not jax.vmap), jax.vmap)
+
+
 def _split(key, count):
     return [jax.random.fold_in(key, index) for index in range(count)]
 
 
 def _run_phase(
-    oracle, phase, key, state, batch, mask
+    directions_at, phase, key, state, batch, mask
 ) -> tuple[BilevelState, Traffic, jax.Array | None]:
     """All rounds of a phase; also the traffic of one and, if x moves, the last norm."""
     if phase.restart:
@@ -227,12 +236,12 @@ def _run_phase(
         inner = jax.tree.map(lambda leaf: leaf[: phase.times], batch.inner)
         batch = batch.outer
     if phase.times == 1:
-        return _round(oracle, phase, key, state, batch, mask)
+        return _round(directions_at, phase, key, state, batch, mask)
 
     def body(state, per_round):
         key, fresh = per_round
         fresh = batch if fresh is None else fresh
-        state, traffic, norm = _round(oracle, phase, key, state, fresh, mask)
+        state, traffic, norm = _round(directions_at, phase, key, state, fresh, mask)
         return state, (traffic, norm)
 
     keys = jax.random.split(key, phase.times)
@@ -249,12 +258,12 @@ def _on_time(fresh, old):
     return jax.tree.map(kept, fresh, old, is_leaf=lambda leaf: isinstance(leaf, Clock))
 
 
-def _round(oracle, phase, key, state, batch, mask):
+def _round(directions_at, phase, key, state, batch, mask):
     """Take directions at the current point and move all variables of the phase."""
     key_oracle, *key_moves = _split(key, 1 + len(phase.moves))
     keys = trees.node_keys(key_oracle, trees.num_nodes(state.x, "x"))
     point = (state.x, state.y, state.z)
-    directions, memory = jax.vmap(oracle.directions)(keys, *point, state.memory, batch)
+    directions, memory = directions_at(keys, *point, state.memory, batch)
     if mask is not None:
         memory = trees.where(mask.mask, memory, state.memory)
     directions = dict(zip(_LEVELS, directions, strict=True))
@@ -270,8 +279,8 @@ def _round(oracle, phase, key, state, batch, mask):
     return state, traffic, norm
 
 
-def _metrics(problem, state, batch, norm, traffic, calls) -> Metrics:
+def _metrics(upper_of, state, batch, norm, traffic, calls) -> Metrics:
     batch = batch.outer if isinstance(batch, Rounds) else batch
-    upper = jax.vmap(problem.upper)(state.x, state.y, by_level(batch)[0])
+    upper = upper_of(state.x, state.y, by_level(batch)[0])
     errors = (trees.consensus_error(v) for v in (state.x, state.y, state.z))
     return Metrics(trees.node_mean(upper), norm, Consensus(*errors), traffic, calls)

@@ -30,7 +30,7 @@ from dbojax.base import (
 )
 from dbojax.hypergradients import ForwardGradient
 from dbojax.hypergradients.inner import upper_batch
-from dbojax.strategies.common import check_channel
+from dbojax.strategies.common import check_channel, lift_of
 
 
 class ScalarState(NamedTuple):
@@ -89,7 +89,7 @@ def fg2u_shared(
         channel, Channel, "channel", "dbo.channels.server(dbo.mixing.averaging(n))"
     )
     check_channel(channel, "channel")
-    rebuild = jax.vmap(scalars.combine, (None, 0, 0))
+    lift = lift_of(channel)
 
     def init(x):
         shape = trees.num_nodes(x, "x"), scalars.directions
@@ -97,12 +97,13 @@ def fg2u_shared(
 
     def gradients(key, key_slopes, x, w, state):
         mean, state, traffic = channel.send(key, w, state)
-        return rebuild(key_slopes, x, mean), state, traffic
+        rebuild = lift(lambda x, mean: scalars.combine(key_slopes, x, mean))
+        return rebuild(x, mean), state, traffic
 
     def one_for_all(key, n):
         return jnp.broadcast_to(key, (n, *key.shape))  # old keys have an axis
 
-    return _algorithm(problem, scalars, upper_step, init, gradients, one_for_all)
+    return _algorithm(problem, scalars, upper_step, init, gradients, one_for_all, lift)
 
 
 def fg2u_own(
@@ -147,11 +148,11 @@ def fg2u_own(
 
     def gradients(key, key_slopes, x, w, state):
         del key
-        heard, nodes = mix.exchange((w, jnp.arange(w.shape[0])))
+        heard = mix.exchange(w)
         message = trees.nbytes(trees.one_node(w))
         traffic = Traffic(message, message * mix.links, rounds=1)
-        grads = jax.vmap(rebuilt, (None, 0, 0, 0, 0))(
-            key_slopes, x, heard, nodes, mix.weights
+        grads = mix.lift(lambda *own: rebuilt(key_slopes, *own))(
+            x, heard, mix.heard, mix.weights
         )
         return grads, state, traffic
 
@@ -159,7 +160,8 @@ def fg2u_own(
         trees.check_nodes(x, mix.weights.shape[0], "x")
         return ()
 
-    return _algorithm(problem, scalars, upper_step, init, gradients, trees.node_keys)
+    keys = trees.node_keys
+    return _algorithm(problem, scalars, upper_step, init, gradients, keys, mix.lift)
 
 
 def _algorithm(
@@ -169,6 +171,7 @@ def _algorithm(
     init_channel: Callable,
     gradients: Callable,
     node_keys: Callable,
+    lift: Callable,
 ) -> Algorithm:
     """Slopes of all nodes, an exchange, and a step of x."""
     trees.check_type(problem, Problem, "problem", "dbo.Problem(upper=f, lower=g)")
@@ -190,24 +193,24 @@ def _algorithm(
     def step(key, state, batch):
         trees.check_type(state, ScalarState, "state", "method.init(x, y)")
         n = trees.num_nodes(state.x, "x")
-        per_node = 0  # the node axis of a batch
+        nodes_first = batch
         if isinstance(batch, Rounds):
             trees.check_batch(batch.inner, n, "batch.inner", axis=1)
             trees.check_batch(batch.outer, n, "batch.outer")
-            per_node = Rounds(outer=0, inner=1)
+            inner = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch.inner)
+            nodes_first = Rounds(batch.outer, inner)
         else:
             trees.check_batch(batch, n, "batch")
         key_slopes, key_channel = jax.random.split(key)
         keys = node_keys(key_slopes, n)
-        w, y, _ = jax.vmap(scalars.coefficients, (0, 0, 0, per_node))(
-            keys, state.x, state.y, batch
-        )
+        slopes_at = lift(scalars.coefficients)
+        w, y, _ = slopes_at(keys, state.x, state.y, nodes_first)
         grads, memory, traffic = gradients(
             key_channel, key_slopes, state.x, w, state.channel
         )
         moves, moments = jax.vmap(optimizer.update)(grads, state.optimizer, state.x)
         x = optax.apply_updates(state.x, moves)
-        upper = jax.vmap(problem.upper)(x, y, upper_batch(batch))
+        upper = lift(problem.upper)(x, y, upper_batch(batch))
         metrics = Metrics(
             trees.node_mean(upper),
             trees.norm(trees.node_mean(grads)),

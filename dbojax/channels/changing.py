@@ -55,7 +55,7 @@ def changing(network: Network, gamma: float = 1.0) -> Channel:
         no_mask(mask, "changing")
         weights = _heard(network, _drawn(network, key, state))
         # Differences: rounded rows, as those of short floats, keep equal values.
-        apart = network.total(v, weights, apart=True)
+        apart = network.total(v, weights, state.step, apart=True)
         moved = jax.tree.map(lambda leaf: trees.times(gamma, leaf), apart)
         return moved, _after(state), _traffic(network, v)
 
@@ -100,7 +100,7 @@ def push(network: Network) -> Channel:
         no_mask(mask, "push")
         weights = _heard(network, _drawn(network, key, state))
         # In short floats the shares of a value would not add up to it.
-        moved = trees.cast(network.total(v, weights, decode=trees.wide), v)
+        moved = trees.cast(network.total(v, weights, state.step, decode=trees.wide), v)
         return moved, _after(state), _traffic(network, v)
 
     return Channel(_counter(network), send, pushes=True, network=network)
@@ -199,7 +199,7 @@ def changing_reference_point(
             return jax.tree.map(jnp.add, copy, sent)
 
         told = on_links(add)(payload, state.told)
-        heard = on_links(add)(network.swap(payload), state.heard)
+        heard = on_links(add)(network.swap(payload, state.clock.step), state.heard)
         told, heard, memory = _where_up(weights, (told, heard, memory), state[:3])
 
         def moves(heard, told):

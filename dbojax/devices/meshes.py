@@ -74,16 +74,19 @@ def mesh(
     )
 
 
-def place(tree: Tree, mesh: jax.sharding.Mesh, n: int | None = None) -> Tree:
+def place(
+    tree: Tree, mesh: jax.sharding.Mesh, n: int | None = None, axis: int = 0
+) -> Tree:
     """Put stacked arrays on a mesh: node ``i`` goes where the mesh has it.
 
     Args:
         tree: a state, or a batch. The inner samples of a ``Rounds`` have their nodes
             on axis 1.
         mesh: from :func:`mesh`.
-        n: number of nodes; by default the length of the first axis of the first array.
-            Leaves with another first axis, or none, are the same for all nodes, and
-            every device gets them whole.
+        n: number of nodes; by default the length of the axis in the first array. Leaves
+            with another length, or no such axis, are the same for all nodes, and every
+            device gets them whole.
+        axis: which one counts the nodes; 1 where runs of a sweep are in front.
 
     Returns:
         The tree with global arrays. Leaves that are on this mesh already, e.g. spread
@@ -99,12 +102,14 @@ def place(tree: Tree, mesh: jax.sharding.Mesh, n: int | None = None) -> Tree:
         (P('nodes',), True)
     """
     if isinstance(tree, Rounds):
-        count = _count(tree.outer, n)
-        inner = jax.tree.map(lambda leaf: _put(leaf, mesh, count, axis=1), tree.inner)
-        return Rounds(place(tree.outer, mesh, count), inner)
-    count = _count(tree, n)
+        count = _count(tree.outer, n, axis)
+        outer, inner = (
+            place(part, mesh, count, axis + k) for k, part in enumerate(tree)
+        )
+        return Rounds(outer, inner)
+    count = _count(tree, n, axis)
     check_divides(mesh, count)
-    return jax.tree.map(lambda leaf: _put(leaf, mesh, count), tree)
+    return jax.tree.map(lambda leaf: _put(leaf, mesh, count, axis), tree)
 
 
 def init(
@@ -211,19 +216,28 @@ def check_divides(mesh: jax.sharding.Mesh, n: int) -> int:
     if length is None or n % length:
         raise ValueError(
             f"{n} nodes need a mesh with an axis {AXIS!r} whose length divides {n}; "
-            f"got {dict(mesh.shape)}. Make one with `dbo.devices.mesh({n})`."
+            f"got {dict(mesh.shape)}. Make one with `dbo.devices.mesh(n)`; if {n} is "
+            "not the number of nodes, since the first array is the same for all of "
+            "them, write `place(tree, mesh, n)`."
+        )
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds[AXIS] != jax.sharding.AxisType.Auto:
+        raise ValueError(
+            f"The axis {AXIS!r} must be of type Auto, got {kinds[AXIS]}. Make the mesh "
+            "with `dbo.devices.mesh(n)`, or pass `axis_types` to `jax.make_mesh`."
         )
     return n // length
 
 
-def _count(tree, n):
+def _count(tree, n, axis=0):
     if n is not None:
         return n
-    lengths = [np.shape(leaf)[0] for leaf in jax.tree.leaves(tree) if np.ndim(leaf)]
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    lengths = [shape[axis] for shape in shapes if len(shape) > axis]
     if not lengths:
         raise ValueError(
-            "The number of nodes is the length of the first axis of the first array, "
-            "but here is none. Write `place(tree, mesh, n)`."
+            f"The number of nodes is the length of axis {axis} of the first array that "
+            "has one, but here is none. Write `place(tree, mesh, n)`."
         )
     return lengths[0]
 
@@ -234,6 +248,8 @@ def _put(leaf, mesh, n, axis=0):
         before = leaf.sharding
         if before.mesh == mesh and before.spec[: len(spec)] == tuple(spec):
             return leaf
+    # An array of NumPy could otherwise be used as it is, and change later.
+    leaf = np.array(leaf, copy=True) if isinstance(leaf, np.ndarray) else leaf
     return jax.device_put(leaf, jax.NamedSharding(mesh, spec))
 
 

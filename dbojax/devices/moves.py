@@ -46,12 +46,12 @@ def moves(index: np.ndarray, n: int, mesh: jax.sharding.Mesh) -> Moves:
             permute = functools.partial(
                 jax.lax.ppermute, axis_name=AXIS, perm=step.pairs
             )
-            yield travel(permute, chosen)
+            yield _linear(permute, travel, chosen)
 
     def buffer(tree, sends):
         if plan.gathers:
             gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
-            return travel(gather, tree)
+            return _linear(gather, travel, tree)
         parts = tree, *arriving(tree, sends)
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
@@ -87,6 +87,27 @@ def lift(mesh: jax.sharding.Mesh) -> Callable[[Callable], Callable]:
     return lambda f: over_nodes(jax.vmap(f), mesh)
 
 
+def _linear(send: Callable, travel: Callable, tree: Tree) -> Tree:
+    """Let a tree travel as bits, and what is differentiated of it as numbers."""
+
+    @jax.custom_jvp
+    def moved(tree):
+        return travel(send, tree)
+
+    @moved.defjvp
+    def _(primals, tangents):
+        arrived = moved(*primals)
+
+        def follow(tangent, like):
+            if tangent.dtype == jax.dtypes.float0:
+                return np.zeros(like.shape, jax.dtypes.float0)
+            return send(tangent)
+
+        return arrived, jax.tree.map(follow, *tangents, arrived)
+
+    return moved(tree)
+
+
 def _by_leaf(send: Callable, tree: Tree) -> Tree:
     """Send each leaf by itself, as bits: some back ends widen short floats."""
     return jax.tree.map(lambda leaf: _values(send(_bits(leaf)), leaf), tree)
@@ -118,6 +139,8 @@ def _bits(leaf):
         return jax.random.key_data(leaf)
     if leaf.dtype == bool:
         return leaf.astype(jnp.uint8)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
     unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
     return jax.lax.bitcast_convert_type(leaf, unsigned)
 
@@ -128,4 +151,7 @@ def _values(words, like):
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(like))
     if like.dtype == bool:
         return words.astype(bool)
+    if jnp.issubdtype(like.dtype, jnp.complexfloating):
+        part = jax.lax.bitcast_convert_type(words, like.real.dtype)
+        return jax.lax.complex(part[..., 0], part[..., 1])
     return jax.lax.bitcast_convert_type(words, like.dtype)

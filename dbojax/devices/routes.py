@@ -58,7 +58,9 @@ def route(index: np.ndarray, n: int, devices: int) -> Route:
     if devices > 1 and messages == n * (devices - 1):
         return Route((), index.astype(np.int32), messages, gathers=True)
     rounds, where = _rounds(asked, block)
-    owner = np.arange(len(index)).reshape((-1,) + (1,) * (index.ndim - 1)) // share
+    owner = np.repeat(np.arange(devices), share).reshape(
+        (-1,) + (1,) * (index.ndim - 1)
+    )
     return Route(rounds, where[owner, index], messages, gathers=False)
 
 

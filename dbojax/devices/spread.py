@@ -72,11 +72,13 @@ def crossings(part: Mix | Network, mesh: jax.sharding.Mesh) -> int:
     nothing, and a message to several nodes of another device crosses once.
 
     Args:
-        part: a mix, not spread yet, or a network.
+        part: a mix, not spread yet, or a network; in the turn in which most cross.
         mesh: from ``dbo.devices.mesh(n)``.
 
     Returns:
-        How many rows travel; each weighs ``Traffic.message`` bytes.
+        How many rows travel; each weighs ``Traffic.message`` bytes. A channel that
+        sends another message over each link (``changing_reference_point``) shares none:
+        there every link that leaves its device counts.
 
     Raises:
         ValueError: if the mesh does not share the nodes out, or a mix was spread.
@@ -85,24 +87,33 @@ def crossings(part: Mix | Network, mesh: jax.sharding.Mesh) -> int:
         >>> mix = dbo.mixing.mixer(dbo.topology.metropolis(dbo.topology.ring(8)))
         >>> mix.links, dbo.devices.crossings(mix, dbo.devices.mesh(8))
         (16, 16)
-        >>> dbo.devices.crossings(mix, jax.make_mesh((2,), ("nodes",)))
+        >>> two = dbo.devices.mesh(8, devices=jax.devices()[:2])
+        >>> dbo.devices.crossings(mix, two)
         4
     """
-    table = _heard(part)
-    return moves(table, len(table), mesh).route.messages
+    tables = _tables(part)
+    return max(moves(table, len(table), mesh).route.messages for table in tables)
 
 
-def _heard(part) -> np.ndarray:
-    """Who is in the slots of each node: (n, K)."""
+def _tables(part) -> list[np.ndarray]:
+    """Who is in the slots of each node, (n, K), turn by turn; not heard is oneself."""
     if isinstance(part, Network):
-        return part.nodes[:, : part.heard]
+        own = np.arange(len(part.nodes))[:, None]
+        table = part.nodes[:, : part.heard]
+        return [np.where(up[:, : part.heard], table, own) for up in part.turns]
     if not part.local:
         raise ValueError(
             "This mix is for several devices already. Pass the one that `dbo.mixing` "
             "made, before `spread`."
         )
-    n = part.weights.shape[1] if part.averages else part.weights.shape[0]
-    return np.asarray(part.exchange(np.arange(n)))
+    return [np.asarray(part.heard)]
+
+
+def _in_turn(steps, functions, *arguments):
+    """The function whose turn it is."""
+    if len(functions) == 1:
+        return functions[0](*arguments)
+    return jax.lax.switch(steps % len(functions), functions, *arguments)
 
 
 def _total(table, mesh) -> Callable:
@@ -118,20 +129,30 @@ def _total(table, mesh) -> Callable:
             own, heard = positions[:, 0], positions[:, 1:]
 
             def one(leaf):
-                less = leaf[own] if apart else None
-                return trees.gathered(leaf, heard, weights, less=less)
+                # Sums of short floats, with short weights, would move equal values.
+                wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+                less = wide[own] if apart else None
+                mixed = trees.gathered(wide, heard, weights, less=less)
+                return mixed.astype(leaf.dtype)
 
-            return jax.tree.map(one, rows if decode is None else jax.vmap(decode)(rows))
+            return jax.tree.map(one, _decoded(rows, decode))
 
         return with_heard(local)(v, weights)
 
     return total
 
 
+def _decoded(v, decode):
+    return v if decode is None else jax.vmap(decode)(v)
+
+
+def _rows(rows, positions):
+    return jax.tree.map(lambda leaf: leaf[positions], rows)
+
+
 def _mix(mix: Mix, mesh) -> Mix:
-    table, weights = _heard(mix), np.asarray(mix.weights)
-    total = _total(table, mesh)
-    taken = moves(table, len(table), mesh).with_heard(_rows)
+    (table,) = _tables(mix)
+    total, weights = _total(table, mesh), np.asarray(mix.weights)
 
     def apply(v: Tree, decode=None) -> Tree:
         return total(v, weights, decode=decode)
@@ -140,62 +161,95 @@ def _mix(mix: Mix, mesh) -> Mix:
         return total(v, weights, apart=True, decode=decode)
 
     return mix._replace(
-        apply=apply, exchange=taken, flow=flow, lift=lift(mesh), local=False
+        apply=apply,
+        exchange=_exchange(table, mesh),
+        flow=flow,
+        lift=lift(mesh),
+        local=False,
     )
 
 
-def _rows(rows, positions):
-    return jax.tree.map(lambda leaf: leaf[positions], rows)
+def _exchange(table, mesh):
+    taken = moves(table, len(table), mesh).with_heard(_rows)
+
+    def exchange(payload):
+        trees.check_nodes(payload, len(table), "payload")
+        return taken(payload)
+
+    return exchange
 
 
 def _mean(mix: Mix, mesh) -> Mix:
-    n = mix.weights.shape[1]
-    taken = moves(_heard(mix), n, mesh).with_heard(_rows)
+    (table,) = _tables(mix)
+    n = len(table)
 
-    def decoded(v, decode):
-        return v if decode is None else jax.vmap(decode)(v)
+    def mean_of_all(v, decode):
+        return trees.node_mean(_decoded(everyone(v), decode))
 
-    def of_all(v, decode):
-        everyone = jax.tree.map(
-            lambda leaf: jax.lax.all_gather(leaf, AXIS, tiled=True), v
-        )
-        return trees.node_mean(decoded(everyone, decode))
+    def mean_of_sums(v, decode):
+        return summed(_decoded(v, decode))
 
-    def of_sums(v, decode):
+    def flow_of_all(v, decode):
+        heard = _decoded(everyone(v), decode)
+        return less(heard, _decoded(v, decode), trees.node_mean)
+
+    def flow_of_sums(v, decode):
+        own = _decoded(v, decode)
+        return less(own, own, summed)
+
+    def everyone(v):
+        return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, AXIS, tiled=True), v)
+
+    def summed(v):
         def share(leaf):
             return trees.times(len(leaf) / n, trees.node_mean(leaf))
 
-        shares = jax.tree.map(share, decoded(v, decode))
-        return jax.lax.psum(shares, AXIS)
+        return jax.lax.psum(jax.tree.map(share, v), AXIS)
 
-    def mean(v: Tree, decode=None) -> Tree:
+    def less(heard, own, mean_of):
+        # The mean, then the mean of what is off it: what rounding left of the first.
+        mean = mean_of(heard)
+        rest = mean_of(jax.tree.map(lambda h, m: h - m[None], heard, mean))
+        return jax.tree.map(lambda m, r, o: (m[None] - o) + r[None], mean, rest, own)
+
+    def cheaper(of_all, of_sums, v, decode, to):
         trees.check_nodes(v, n, "v")
-        dense = trees.one_node(jax.eval_shape(lambda v: decoded(v, decode), v))
+        dense = trees.one_node(jax.eval_shape(lambda v: _decoded(v, decode), v))
         # All payloads to all devices, or values there and back in an all-reduce.
         gathers = n * trees.nbytes(trees.one_node(v)) <= 2 * trees.nbytes(dense)
-        one = functools.partial(of_all if gathers else of_sums, decode=decode)
-        return over_nodes(one, mesh, to=jax.P())(v)
+        chosen = functools.partial(of_all if gathers else of_sums, decode=decode)
+        return over_nodes(chosen, mesh, to)(v)
 
     def apply(v: Tree, decode=None) -> Tree:
+        mean = cheaper(mean_of_all, mean_of_sums, v, decode, jax.P())
         return jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf[None], (n, *leaf.shape)), mean(v, decode)
+            lambda leaf: jnp.broadcast_to(leaf[None], (n, *leaf.shape)), mean
         )
 
     def flow(v: Tree, decode=None) -> Tree:
-        # The mean of what is off the mean: what rounding left of the first one.
-        apart = jax.tree.map(jnp.subtract, decoded(v, decode), apply(v, decode))
-        return jax.tree.map(jnp.subtract, apply(apart), apart)
+        return cheaper(flow_of_all, flow_of_sums, v, decode, jax.P(AXIS))
 
     return mix._replace(
-        apply=apply, exchange=taken, flow=flow, lift=lift(mesh), local=False
+        apply=apply,
+        exchange=_exchange(table, mesh),
+        flow=flow,
+        lift=lift(mesh),
+        local=False,
     )
 
 
 def _network(network: Network, mesh) -> Network:
-    table = _heard(network)
+    totals = [_total(table, mesh) for table in _tables(network)]
     others = network.nodes[:, 1:].astype(int)
-    links = others * others.shape[1] + network.reverse[:, 1:] - 1
-    swapped = moves(links, links.size, mesh).with_heard(_rows)
+    slots = others.shape[1]
+    opposite = others * slots + network.reverse[:, 1:] - 1
+    own = np.arange(others.size).reshape(others.shape)
+
+    def swapped(links):
+        return moves(links, links.size, mesh).with_heard(_rows)
+
+    whole = swapped(opposite)
+    swaps = [swapped(np.where(up[:, 1:], opposite, own)) for up in network.turns]
 
     def weights(key, step):
         # A small table that every device has: drawn by all, for nothing to travel.
@@ -203,9 +257,13 @@ def _network(network: Network, mesh) -> Network:
         drawn = network.weights(key, step)
         return jax.lax.with_sharding_constraint(drawn, everywhere)
 
-    def swap(tree):
-        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
-        return swapped(flat)
+    def total(v, weights, step, apart=False, decode=None):
+        settings = {"apart": apart, "decode": decode}
+        turns = [functools.partial(each, **settings) for each in totals]
+        return _in_turn(step, turns, v, weights)
 
-    total = _total(table, mesh)
+    def swap(tree, step=None):
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+        return whole(flat) if step is None else _in_turn(step, swaps, flat)
+
     return network._replace(weights=weights, total=total, swap=swap, lift=lift(mesh))

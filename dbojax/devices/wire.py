@@ -37,8 +37,8 @@ def wire(compiled) -> dict[str, int]:
         out.
 
     Raises:
-        ValueError: if the program does not tell how often a loop with a collective in
-            it runs, or which devices take part.
+        ValueError: if the program is not compiled, or does not tell how often a loop
+            with a collective in it runs, or which devices take part.
 
     Examples:
         >>> mesh = dbo.devices.mesh(8)
@@ -49,6 +49,11 @@ def wire(compiled) -> dict[str, int]:
         {'collective-permute': 320}
     """
     bodies, entry = _computations(compiled.as_text())
+    if not entry:
+        raise ValueError(
+            "`wire` reads compiled programs; this is none. Write "
+            "`wire(jax.jit(f).lower(...).compile())`."
+        )
     return dict(_count(entry, bodies))
 
 
@@ -73,8 +78,11 @@ def _count(name: str, bodies: dict[str, list[str]]) -> collections.Counter[str]:
         if found := _COLLECTIVE.search(line):
             shapes, kind, starts = found.groups()
             total[kind] += _crossing(kind, _bytes(shapes), bool(starts), line)
-        elif loop := re.search(r" while\(.*body=%?([\w.-]+)", line):
-            total += _repeated(line, _count(loop.group(1), bodies))
+        elif loop := re.search(
+            r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line
+        ):
+            asked, done = (_count(each, bodies) for each in loop.groups())
+            total += asked + _repeated(line, asked + done)
         elif called := _called(line):
             sent = [_count(each, bodies) for each in called]
             total += max(sent, key=lambda count: count.total())
@@ -115,7 +123,8 @@ def _bytes(shapes: str) -> int:
 def _crossing(kind: str, shown: int, starts: bool, line: str) -> int:
     """Bytes over all devices, from those that the line shows for one.
 
-    They are those of its result; a collective that only starts shows its operand, too.
+    They are those of its result; a collective that only starts shows its operand, too,
+    but for a reduction.
     """
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
@@ -125,10 +134,12 @@ def _crossing(kind: str, shown: int, starts: bool, line: str) -> int:
     groups, size = _groups(line)
     if kind == "all-reduce":
         return 2 * groups * (size - 1) * shown
-    if kind == "reduce-scatter":
-        return groups * (size - 1) * size * shown
-    result = shown * size // (size + 1) if starts else shown
-    return groups * (size - 1) * result
+    if kind == "all-to-all":
+        return groups * (size - 1) * shown // (2 if starts else 1)
+    # What one device gives or gets of the whole: of both shapes the smaller one.
+    whole = 1 if kind == "reduce-scatter" else size
+    share = shown // (size + 1) if starts else shown // whole
+    return groups * (size - 1) * size * share
 
 
 def _groups(line: str) -> tuple[int, int]:

@@ -8,7 +8,13 @@ import optax
 
 from dbojax import trees
 from dbojax.base import Channel, Strategy, Tree
-from dbojax.strategies.common import MovedState, add, check_parts, local_step
+from dbojax.strategies.common import (
+    MovedState,
+    add,
+    check_parts,
+    lift_of,
+    local_step,
+)
 
 
 def allreduce(
@@ -62,4 +68,4 @@ def allreduce(
         delta, opt_state = local_step(optimizer, mean, state.optimizer, v)
         return add(v, delta), MovedState(memory, opt_state), traffic
 
-    return Strategy(init, update)
+    return Strategy(init, update, lift_of(channel))

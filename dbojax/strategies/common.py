@@ -46,6 +46,12 @@ def check_channel(channel, name):
         )
 
 
+def lift_of(channel):
+    """How to map over the nodes of a channel: on many devices, each over its own."""
+    part = channel.network if channel.mix is None else channel.mix
+    return jax.vmap if part is None else part.lift
+
+
 def check_parts(channel, optimizer):
     """Refuse parts of another kind."""
     check_channel(channel, "channel")

@@ -7,7 +7,14 @@ import optax
 
 from dbojax import trees
 from dbojax.base import Channel, Strategy
-from dbojax.strategies.common import MovedState, add, check_parts, local_step, no_mask
+from dbojax.strategies.common import (
+    MovedState,
+    add,
+    check_parts,
+    lift_of,
+    local_step,
+    no_mask,
+)
 
 
 def diffusion_cta(
@@ -65,4 +72,4 @@ def _diffusion(channel, optimizer, adapt_first) -> Strategy:
         v = v if adapt_first else add(v, delta)
         return v, MovedState(memory, opt_state), traffic
 
-    return Strategy(init, update)
+    return Strategy(init, update, lift_of(channel))

@@ -78,4 +78,4 @@ def gossiped_average(strategy: Strategy, channel: Channel, weight: float) -> Str
         v, memory, traffic = strategy.update(key_move, v, along, state.strategy)
         return v, GossipedAverageState(average, channel_state, memory), sent | traffic
 
-    return Strategy(init, update)
+    return Strategy(init, update, strategy.lift)

@@ -15,7 +15,7 @@ import optax
 
 from dbojax import trees
 from dbojax.base import Channel, State, Strategy, Tree
-from dbojax.strategies.common import add, check_parts, local_step, no_mask
+from dbojax.strategies.common import add, check_parts, lift_of, local_step, no_mask
 
 
 class DualState(NamedTuple):
@@ -86,7 +86,7 @@ def extra(
         dual = _grown(state.dual, dual_gain, flow)
         return moved, DualState(dual, memory, opt_state), traffic
 
-    return Strategy(_init(channel, optimizer), update)
+    return Strategy(_init(channel, optimizer), update, lift_of(channel))
 
 
 def exact_diffusion(
@@ -125,7 +125,7 @@ def exact_diffusion(
         _all_nodes(mask, "Exact diffusion")
         return _corrected(exchange, optimizer, dual_gain, key, v, direction, state)
 
-    return Strategy(_init(channel, optimizer), update)
+    return Strategy(_init(channel, optimizer), update, lift_of(channel))
 
 
 class LateState(NamedTuple):
@@ -184,7 +184,7 @@ def nids(
         new = chosen(new, old)._replace(optimizer=new.optimizer)
         return moved, LateState(new, jnp.ones_like(started)), traffic
 
-    return Strategy(init, update)
+    return Strategy(init, update, lift_of(channel))
 
 
 def _corrected(exchange, optimizer, dual_gain, key, v, direction, state):

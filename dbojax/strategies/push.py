@@ -10,7 +10,7 @@ import optax
 
 from dbojax import trees
 from dbojax.base import Channel, State, Strategy, Tree
-from dbojax.strategies.common import add, local_step, no_mask
+from dbojax.strategies.common import add, lift_of, local_step, no_mask
 
 
 class PushState(NamedTuple):
@@ -103,7 +103,7 @@ def gradient_push(
         state = PushState(weight, tracker, direction, memory, opt_state)
         return _scaled(1 / weight, shares), state, traffic
 
-    return Strategy(init, update)
+    return Strategy(init, update, lift_of(channel))
 
 
 def _scaled(weight, tree):

@@ -14,6 +14,7 @@ from dbojax.strategies.common import (
     add,
     check_channel,
     check_parts,
+    lift_of,
     local_step,
     no_mask,
 )
@@ -151,4 +152,4 @@ def _tracking(
         state = TrackingState(tracker, direction, memory, carried, opt_state)
         return v, state, traffic
 
-    return Strategy(init, update)
+    return Strategy(init, update, lift_of(channel))

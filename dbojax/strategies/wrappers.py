@@ -73,7 +73,7 @@ def moving_average(
         v, memory, traffic = strategy.update(key, v, sent, state.strategy, mask)
         return v, AverageState(average, memory, started), traffic
 
-    return Strategy(init, update)
+    return Strategy(init, update, strategy.lift)
 
 
 def projected(strategy: Strategy, project: Callable[[Tree], Tree]) -> Strategy:
