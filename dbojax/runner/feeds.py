@@ -89,7 +89,14 @@ def _stack(rows, first: int) -> Tree:
                 f"at step {first}; got {_form(row)} at step {first + offset}. Pad the "
                 "odd batch, or drop it."
             )
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *rows)
+    return jax.tree.map(_stacked, *rows)
+
+
+def _stacked(*leaves) -> jax.Array:
+    # What lies on a mesh stays there.
+    if isinstance(leaves[0], jax.Array) and leaves[0].committed:
+        return jnp.stack(leaves)
+    return jnp.asarray(np.stack(leaves))
 
 
 def _form(row):

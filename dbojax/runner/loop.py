@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dbojax.base import Algorithm, State, Tree
-from dbojax.runner import checkpoints, feeds, history
+from dbojax.runner import feeds, history
+from dbojax.runner.checkpoints import digest
 from dbojax.runner.history import History
+from dbojax.runner.peers import Peers, agree, peers_of, watched
+from dbojax.runner.program import Program, inexact, own
+from dbojax.runner.resume import File, begin, file_of
 
 _UNDISTURBED = 1000  # steps per chunk when nothing happens between chunks
 
@@ -49,7 +50,7 @@ def run(
     evaluate: Callable[[State], Mapping[str, Any]] | None = None,
     every: int = 50,
     checkpoint: str | os.PathLike | None = None,
-    resume: bool = True,
+    resume: bool | str = True,
     progress: bool = False,
     stop_on_nonfinite: bool = True,
 ) -> tuple[State, History]:
@@ -110,106 +111,43 @@ def run(
         ([1.0, 1.0], 960)
     """
     _check_counts(num_steps=num_steps, every=every)
-    feed = feeds.feed(batches)
-    state = _own(state)
-    if stop_on_nonfinite:
-        _check_start(state)
-    file = _file(checkpoint, feed, key, state, every)
-    if evaluate is None and file is None and not (progress or feed.on_host):
-        every = max(every, _UNDISTURBED)
-    done, state, before = _begin(file, state, num_steps, resume)
-    program = _Program(method, feed, key)
-    chunks, scores = [], {name: column[-1] for name, column in before.items()}
-    with _bar(progress, done, num_steps) as show:
-        while done < num_steps:
-            length = min(every - done % every, num_steps - done)
-            state, chunk, finite = program(state, done, length)
-            if stop_on_nonfinite and not finite:
-                rows = history.columns([*chunks, chunk], before)
-                rows = History(rows, program.compile_seconds)
-                raise _diverged(state, chunk, rows, file, done)
-            if evaluate is not None:
-                chunk = history.scored(chunk, evaluate(state), scores)
-                scores = {**scores, **(chunk.scores or {})}
-            chunks.append(chunk)
-            done += length
-            if file is not None:
-                before, chunks = history.columns(chunks, before), []
-                file.save(state, done, before)
-            show(chunk, done)
+    feed, state = feeds.feed(batches), own(state)
+    peers, file, stands = peers_of(state), None, 0
+    with watched(lambda: _left(file, stands)):
+        _check_start(state, key, peers, stop_on_nonfinite, (num_steps, every, resume))
+        file = file_of(checkpoint, feed, key, state, every, peers)
+        if evaluate is None and file is None and not (progress or feed.on_host):
+            every = max(every, _UNDISTURBED)
+        done, state, before = begin(file, state, num_steps, resume)
+        stands = done
+        program = Program(method, feed, key, peers)
+        chunks, scores = [], {name: column[-1] for name, column in before.items()}
+        with _bar(progress, done, num_steps) as show:
+            while done < num_steps:
+                length = min(every - done % every, num_steps - done)
+                state, chunk, finite = program(state, done, length)
+                if stop_on_nonfinite and not finite:
+                    rows = history.columns([*chunks, chunk], before)
+                    rows = History(rows, program.compile_seconds)
+                    raise _diverged(state, chunk, rows, file, done)
+                if evaluate is not None:
+                    chunk = history.scored(chunk, evaluate(state), scores)
+                    scores = {**scores, **(chunk.scores or {})}
+                chunks.append(chunk)
+                done += length
+                if file is not None:
+                    before, chunks = history.columns(chunks, before), []
+                    file.save(state, done, before)
+                    stands = done
+                show(chunk, done)
     rows = history.columns(chunks, before)
     return state, History(rows, program.compile_seconds)
 
 
-class _Program:
-    """The compiled programs of a run, one per chunk length."""
-
-    def __init__(self, method: Algorithm, feed: feeds.Feed, key: jax.Array):
-        self.method, self.feed, self.key = method, feed, key
-        self.compiled: dict[int, Any] = {}
-        self.compile_seconds = 0.0
-
-    def __call__(self, state, first: int, length: int):
-        shared, scanned = self.feed.fetch(first, length)
-        arguments = (state, self.key, shared, scanned, np.int32(first))
-        if length not in self.compiled:
-            start = time.perf_counter()
-            self.compiled[length] = self.compile(length, arguments)
-            self.compile_seconds += time.perf_counter() - start
-        start = time.perf_counter()
-        out = jax.block_until_ready(self.compiled[length](*arguments))
-        seconds = time.perf_counter() - start
-        state, metrics, finite = out
-        return state, history.Chunk(metrics, seconds), bool(finite)
-
-    def compile(self, length: int, arguments):
-        steps = functools.partial(_steps, self.method, self.feed, length)
-        placed = (jax.tree.map(_placement, arguments[0]), None, None)
-        jitted = jax.jit(steps, donate_argnums=0, out_shardings=placed)
-        return jitted.lower(*arguments).compile()
-
-
-def _steps(method, feed, length, state, key, shared, scanned, first):
-    step_key, batch_key = jax.random.split(key)
-
-    def body(state, inputs):
-        step, row = inputs
-        batch = feed.read(shared, row, batch_key, step)
-        return method.step(jax.random.fold_in(step_key, step), state, batch)
-
-    steps = first + jnp.arange(length, dtype=jnp.int32)
-    state, metrics = jax.lax.scan(body, state, (steps, scanned))
-    return state, metrics, _finite(state) & _finite(metrics)
-
-
-def _placement(leaf: jax.Array):
-    # The next chunk was compiled for the placement of this one.
-    return leaf.sharding if leaf.committed else None
-
-
-def _own(state: State) -> State:
-    def copy(leaf):
-        leaf = jnp.asarray(leaf)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jnp.copy(leaf)
-        # Naming the dtype makes a weakly typed leaf strong: one program for all chunks.
-        return jnp.array(leaf, leaf.dtype, copy=True)
-
-    return jax.tree.map(copy, state)
-
-
-def _finite(tree: Tree) -> jax.Array:
-    good = [jnp.isfinite(leaf).all() for _, leaf in _inexact(tree)]
-    return jnp.array(good, bool).all()
-
-
-def _inexact(state: State) -> list[tuple[str, jax.Array]]:
-    pairs, _ = jax.tree_util.tree_flatten_with_path(state)
-    return [
-        ("state" + jax.tree_util.keystr(path), leaf)
-        for path, leaf in pairs
-        if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
+def _left(file: File | None, step: int) -> str:
+    if file is None or not step:
+        return "There is no checkpoint of it."
+    return f"The last checkpoint, {file.path}, stands at step {step}."
 
 
 def _check_counts(**counts: int) -> None:
@@ -221,8 +159,11 @@ def _check_counts(**counts: int) -> None:
             raise ValueError(f"`run` needs {name} >= 1, got {name}={count}.")
 
 
-def _check_start(state: State) -> None:
-    name = _first_nonfinite(state)
+def _check_start(state: State, key, peers: Peers, stop: bool, settings) -> None:
+    if peers.size > 1:
+        names = ("num_steps", "every", "resume")
+        agree(peers, key=digest(key), **dict(zip(names, settings, strict=True)))
+    name = _first_nonfinite(state) if stop else None
     if name is not None:
         raise ValueError(
             f"The start must be finite, but `{name}` holds NaN or an infinity. "
@@ -231,7 +172,7 @@ def _check_start(state: State) -> None:
 
 
 def _first_nonfinite(state: State) -> str | None:
-    return next((name for name, leaf in _inexact(state) if not _all_finite(leaf)), None)
+    return next((name for name, leaf in inexact(state) if not _all_finite(leaf)), None)
 
 
 def _all_finite(leaf: jax.Array) -> bool:
@@ -240,71 +181,7 @@ def _all_finite(leaf: jax.Array) -> bool:
     return bool(library.isfinite(library.asarray(leaf)).all())
 
 
-class _File(NamedTuple):
-    """A checkpoint, and what tells its run from others."""
-
-    path: Path
-    meta: dict[str, Any]
-
-    def save(self, state: State, done: int, columns: history.Columns) -> None:
-        meta = {**self.meta, "step": done}
-        checkpoints.save(self.path, state, meta, columns)
-
-
-def _file(checkpoint, feed: feeds.Feed, key, state, every: int) -> _File | None:
-    if checkpoint is None:
-        return None
-    if not feed.replayable:
-        raise ValueError(
-            "A run with a `checkpoint` cannot take its batches from an iterator, "
-            "which cannot be replayed from the middle. Pass `from_host(batch_at)`, "
-            "or a sampler `(key, step) -> batch`."
-        )
-    path = Path(checkpoint)
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(
-            f"`checkpoint` must name a file in an existing folder, got {path}. "
-            "Make the folder first."
-        )
-    start = {"key": checkpoints.digest(key), "start": checkpoints.digest(state)}
-    return _File(path, {**start, "every": int(every)})
-
-
-def _begin(file: _File | None, state, num_steps: int, resume: bool):
-    if file is None or not file.path.exists():
-        return 0, state, {}
-    if not resume:
-        raise ValueError(
-            f"The checkpoint {file.path} exists and would be overwritten. Pass "
-            "`resume=True` to go on from it, or another path, or delete it."
-        )
-    saved = checkpoints.load(file.path, like=state)
-    _check_same(file, saved.meta)
-    if saved.meta["step"] > num_steps:
-        raise ValueError(
-            f"The checkpoint {file.path} is at step {saved.meta['step']}, beyond "
-            f"num_steps={num_steps}. Ask for at least as many steps, or pass another "
-            "path."
-        )
-    return saved.meta["step"], saved.tree, saved.columns
-
-
-def _check_same(file: _File, meta: dict[str, Any]) -> None:
-    texts = {
-        "key": "its run had another `key`",
-        "start": "its run had another start (the shapes agree, the values do not)",
-        "every": f"its run had every={meta.get('every')}, this one has "
-        f"every={file.meta['every']}",
-    }
-    for name, text in texts.items():
-        if meta.get(name) != file.meta[name]:
-            raise ValueError(
-                f"The checkpoint {file.path} belongs to another run: {text}. Pass "
-                f"the same `{name}`, or another `checkpoint`."
-            )
-
-
-def _diverged(state, chunk, rows: History, file: _File | None, done: int):
+def _diverged(state, chunk, rows: History, file: File | None, done: int):
     step, quantity = _offender(state, chunk)
     kept = ""
     if file is not None and done:
@@ -341,7 +218,8 @@ def _bar(progress: bool, done: int, num_steps: int):
         raise ImportError(
             "`progress=True` needs tqdm: pip install dbojax[run]"
         ) from error
-    with tqdm(total=num_steps, initial=done, unit="step") as bar:
+    quiet = jax.process_index() > 0
+    with tqdm(total=num_steps, initial=done, unit="step", disable=quiet) as bar:
 
         def show(chunk, done):
             loss = float(np.mean(chunk.metrics.upper[-1]))
