@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -83,9 +85,27 @@ def _gather(devices, speakers):
         row = padded(words)[None]
         shape = (len(devices), WORDS)
         mine = jax.make_array_from_callback(shape, rows, lambda index: row)
-        return np.asarray(jax.jit(_same, out_shardings=everywhere)(mine))[speakers]
+        told = jax.jit(_same, out_shardings=everywhere)(mine)
+        wait(told)
+        return np.asarray(told)[speakers]
 
     return gather
+
+
+def wait(array: jax.Array) -> None:
+    """Wait for a result on every device of this process.
+
+    When a process is gone, some devices fail and others go on waiting for those that
+    did: an error counts as soon as one has it, whichever it is.
+    """
+    pending = [shard.data for shard in array.addressable_shards]
+    pause = 2e-5
+    while pending:
+        ready = [part.is_ready() for part in pending]
+        jax.block_until_ready(list(itertools.compress(pending, ready)))
+        pending = [part for part, done in zip(pending, ready, strict=True) if not done]
+        time.sleep(pause if pending else 0)
+        pause = min(2 * pause, 2e-3)
 
 
 def _same(rows):

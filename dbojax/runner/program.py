@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from dbojax.base import Algorithm, State, Tree
 from dbojax.runner import feeds, history
-from dbojax.runner.peers import Peers, barrier
+from dbojax.runner.peers import Peers, barrier, wait
 
 
 class Program:
@@ -35,9 +35,11 @@ class Program:
             # Processes compile at different speeds, and new links give up after 30 s.
             barrier(self.peers)
         start = time.perf_counter()
-        out = jax.block_until_ready(self.compiled[length](*arguments))
+        state, metrics, good = self.compiled[length](*arguments)
+        if self.peers.size > 1:
+            wait(good)
+        jax.block_until_ready((state, metrics, good))
         seconds = time.perf_counter() - start
-        state, metrics, good = out
         return state, history.Chunk(metrics, seconds), bool(good)
 
     def _compile(self, length: int, arguments):
