@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import dbojax as dbo
@@ -149,3 +150,25 @@ def methods(spread):
     starts = all_rows(task().x0, task().y0), one_row(task().x0, task().y0)
     found = {k: (m, starts[0]) for k, m in (over_graphs | with_server).items()}
     return found | {k: (m, starts[1]) for k, m in federated.items()}
+
+
+def end(method, start, batch, mesh, steps=3):
+    """State and metrics after a few steps on a mesh."""
+
+    def load(tree):
+        """Each process's own nodes; a start of one row is the same for all."""
+        if len(jax.tree.leaves(tree)[0]) != N:
+            return jax.tree.map(np.asarray, tree)
+        rows = jax.tree.map(np.asarray, tree)
+        return dbo.devices.load(
+            lambda node: jax.tree.map(lambda leaf: leaf[node], rows), N, mesh
+        )
+
+    @jax.jit
+    def run(x, y, batch, key):
+        def body(state, key):
+            return method.step(key, state, batch)
+
+        return jax.lax.scan(body, method.init(x, y), jax.random.split(key, steps))
+
+    return run(*map(load, start), load(batch), jax.random.key(0))

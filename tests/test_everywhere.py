@@ -1,5 +1,10 @@
 """Every algorithm takes the same steps on one device and on eight."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import everywhere
 import jax
 import numpy as np
@@ -8,7 +13,6 @@ import pytest
 import dbojax as dbo
 
 D = dbo.devices
-STEPS = 3
 MESHES = {k: D.mesh(everywhere.N, devices=jax.devices()[:k]) for k in (1, 8)}
 METHODS = {
     k: everywhere.methods(lambda part, mesh=mesh: D.spread(part, mesh))
@@ -16,32 +20,42 @@ METHODS = {
 }
 
 
-def end(name, devices):
-    """State and metrics after a few steps."""
-    method, (x, y) = METHODS[devices][name]
-    start = jax.jit(method.init)(x, y), everywhere.batch(name)
-    placed = (D.place(tree, MESHES[devices], everywhere.N) for tree in start)
-
-    @jax.jit
-    def steps(state, batch, key):
-        def body(state, key):
-            return method.step(key, state, batch)
-
-        return jax.lax.scan(body, state, jax.random.split(key, STEPS))
-
-    return steps(*placed, jax.random.key(0))
-
-
 @pytest.mark.parametrize("name", METHODS[1])
 def test_devices_make_no_difference(name):
-    (one, of_one), (many, of_many) = end(name, 1), end(name, 8)
+    (one, of_one), (many, of_many) = (
+        everywhere.end(*METHODS[k][name], everywhere.batch(name), mesh)
+        for k, mesh in MESHES.items()
+    )
     assert of_one.traffic == of_many.traffic
-    for a, b in zip(
-        jax.tree.leaves((one, of_one)), jax.tree.leaves((many, of_many)), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    close((one, of_one), (many, of_many))
     if name not in everywhere.MEANS:
         jax.tree.map(np.testing.assert_array_equal, one, many)
+
+
+def close(ours, theirs):
+    for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+# One that compresses, one whose links fail, one with a server.
+ACROSS = ("c2dfb", "lossy", "c_soba")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo needs POSIX")
+def test_processes_make_no_difference(tmp_path):
+    out, worker = tmp_path / "ends.npz", Path(everywhere.__file__).parent
+    command = [sys.executable, "-m", "dbojax", "launch", "-n", "2", "--devices", "4"]
+    command += [str(worker / "everywhere_worker.py"), str(out), *ACROSS]
+    paths = os.pathsep.join([str(worker), str(worker.parent)])
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths})
+    found = np.load(out)
+    for name in ACROSS:
+        end = everywhere.end(*METHODS[8][name], everywhere.batch(name), MESHES[8])
+        theirs = [found[f"{name} {i}"] for i in range(len(jax.tree.leaves(end)))]
+        close(end, theirs)
+        if name not in everywhere.MEANS:
+            state = jax.tree.leaves(end[0])
+            jax.tree.map(np.testing.assert_array_equal, state, theirs[: len(state)])
 
 
 def test_leaves_of_one_node_may_be_spread_along_a_second_axis():
@@ -74,5 +88,4 @@ def test_leaves_of_one_node_may_be_spread_along_a_second_axis():
         )
         ends.append(steps(state, D.place(task.batch, mesh)))
     assert ends[1].y.sharding.spec == jax.P("nodes", "model")
-    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    close(*ends)

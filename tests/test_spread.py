@@ -96,8 +96,9 @@ CASES = [
 def test_the_meter_counts_what_the_program_sends(name, nodes, compressor):
     n = MESHES[nodes]
     mesh, w = D.mesh(n), graph(name, n)
-    mix = D.spread(dbo.mixing.mixer(w), mesh)
-    channel = C.reference_point(mix, COMPRESSORS[compressor], 0.3)
+    mix = dbo.mixing.mixer(w)
+    spread = D.spread(mix, mesh)
+    channel = C.reference_point(spread, COMPRESSORS[compressor], 0.3)
     program, arguments = compiled(channel, start(n, mesh, np.float32), mesh)
     traffic = program(*arguments)[-1]
     block = n // 8
@@ -125,6 +126,14 @@ def test_left_to_the_compiler_dense_rows_cross():
         sent[name] = sum(D.wire(compiled(channel, v, mesh)[0]).values())
     assert sent["plain"] >= 2 * v.nbytes * TRIPS
     assert sent["spread"] < sent["plain"] / 4
+
+
+def test_a_mix_is_spread_once():
+    mesh = D.mesh(N)
+    mix = D.spread(dbo.mixing.mixer(GRAPHS["ring"]), mesh)
+    for again in (D.spread, D.crossings):
+        with pytest.raises(ValueError, match="for several devices already"):
+            again(mix, mesh)
 
 
 def _channels(spread):

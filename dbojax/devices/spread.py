@@ -12,7 +12,7 @@ import numpy as np
 
 from dbojax import trees
 from dbojax.base import Mix, Network, Tree
-from dbojax.devices.meshes import AXIS, check_divides
+from dbojax.devices.meshes import AXIS
 from dbojax.devices.moves import lift, moves, over_nodes
 
 
@@ -46,7 +46,7 @@ def spread(part, mesh):
         on the mesh, in one program that ``jax.jit`` compiles for all devices.
 
     Raises:
-        ValueError: if the mesh does not share the nodes out.
+        ValueError: if the mesh does not share the nodes out, or a mix was spread.
         TypeError: if ``part`` is another kind of thing.
 
     Examples:
@@ -72,11 +72,14 @@ def crossings(part: Mix | Network, mesh: jax.sharding.Mesh) -> int:
     nothing, and a message to several nodes of another device crosses once.
 
     Args:
-        part: a mix or a network.
+        part: a mix, not spread yet, or a network.
         mesh: from ``dbo.devices.mesh(n)``.
 
     Returns:
         How many rows travel; each weighs ``Traffic.message`` bytes.
+
+    Raises:
+        ValueError: if the mesh does not share the nodes out, or a mix was spread.
 
     Examples:
         >>> mix = dbo.mixing.mixer(dbo.topology.metropolis(dbo.topology.ring(8)))
@@ -93,6 +96,11 @@ def _heard(part) -> np.ndarray:
     """Who is in the slots of each node: (n, K)."""
     if isinstance(part, Network):
         return part.nodes[:, : part.heard]
+    if not part.local:
+        raise ValueError(
+            "This mix is for several devices already. Pass the one that `dbo.mixing` "
+            "made, before `spread`."
+        )
     n = part.weights.shape[1] if part.averages else part.weights.shape[0]
     return np.asarray(part.exchange(np.arange(n)))
 
@@ -142,7 +150,7 @@ def _rows(rows, positions):
 
 def _mean(mix: Mix, mesh) -> Mix:
     n = mix.weights.shape[1]
-    check_divides(mesh, n)
+    taken = moves(_heard(mix), n, mesh).with_heard(_rows)
 
     def decoded(v, decode):
         return v if decode is None else jax.vmap(decode)(v)
@@ -173,7 +181,14 @@ def _mean(mix: Mix, mesh) -> Mix:
             lambda leaf: jnp.broadcast_to(leaf[None], (n, *leaf.shape)), mean(v, decode)
         )
 
-    return mix._replace(apply=apply, flow=None, lift=lift(mesh), local=False)
+    def flow(v: Tree, decode=None) -> Tree:
+        # The mean of what is off the mean: what rounding left of the first one.
+        apart = jax.tree.map(jnp.subtract, decoded(v, decode), apply(v, decode))
+        return jax.tree.map(jnp.subtract, apply(apart), apart)
+
+    return mix._replace(
+        apply=apply, exchange=taken, flow=flow, lift=lift(mesh), local=False
+    )
 
 
 def _network(network: Network, mesh) -> Network:

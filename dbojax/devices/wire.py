@@ -37,8 +37,8 @@ def wire(compiled) -> dict[str, int]:
         out.
 
     Raises:
-        ValueError: if a collective stands in a loop whose length the program does not
-            tell.
+        ValueError: if the program does not tell how often a loop with a collective in
+            it runs, or which devices take part.
 
     Examples:
         >>> mesh = dbo.devices.mesh(8)
@@ -128,6 +128,11 @@ def _groups(line: str) -> tuple[int, int]:
     """How many groups of devices, and how many devices in each."""
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(iota.group(1)), int(iota.group(2))
-    listed = re.search(r"replica_groups=\{(.*?)\}(?:,|\s|$)", line)
-    groups = re.findall(r"\{([\d,]+)\}", listed.group(0)) if listed else []
-    return len(groups), len(groups[0].split(",")) if groups else 1
+    if named := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", line):
+        lengths = {k: int(v) for k, v in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
+        size = math.prod(lengths[k] for k in re.findall(r"'(\w+)'", named.group(2)))
+        return math.prod(lengths.values()) // size, size
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
+        groups = re.findall(r"\{([\d,]+)\}", listed.group(1))
+        return len(groups), len(groups[0].split(","))
+    raise ValueError(f"This line does not tell its groups of devices: {line.strip()}")
