@@ -1,0 +1,170 @@
+"""Killed workers, damaged checkpoints and another number of devices.
+
+    python benchmarks/scale/faults.py            # half an hour on two cores
+    python benchmarks/scale/faults.py --short    # a few minutes
+
+C²DFB with top-k reference points, 8 nodes on a ring, run by `dbojax launch -n 4` with a
+checkpoint at the end of each chunk of 10 steps.
+
+Kills: SIGKILL of a random process, at a moment that is uniform over an undisturbed run.
+Each process logs each chunk that it begins. What is begun before the kill less what the
+restarted run has in its checkpoint is what the kill has cost. Linux only.
+Damage: the newer of two checkpoints loses its end, or a bit of it flips, in a random
+place of a random file; two processes go on from it.
+Devices: a run goes on with another number of processes and devices, twice.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `environment`
+
+from environment import ensure
+
+ensure([])
+
+import argparse
+import collections
+import os
+import tempfile
+
+import numpy as np
+from hosts import launched
+from report import header, table, write_csv
+from supervised import counted, load, same, start, supervise
+
+# Optimise less: most of a trial goes into compiling, in two times four processes.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+PROCESSES, EVERY, ENTRIES = 4, 10, 2000
+LAYOUTS = ((1, 8), (2, 2), (1, 1))  # processes, and devices of each
+
+
+def case(folder, steps):
+    settings = {"entries": ENTRIES, "every": EVERY, "steps": steps}
+    return {**settings, "folder": str(folder), "out": str(folder / "out.npz")}
+
+
+def kills(root, options):
+    """Trials, and what undisturbed runs took and left."""
+    rng, rows, late = np.random.default_rng(options.seed), [], 0
+    plain = [supervise(case(root / "plain", options.steps), PROCESSES)]
+    while len(rows) < options.trials:
+        number = len(rows)
+        if number == options.trials // 2:
+            again = case(root / "plain again", options.steps)
+            if len(plain) == 1:
+                plain.append(supervise(again, PROCESSES))
+        rank, second = int(rng.integers(PROCESSES)), rng.uniform(0, plain[0].seconds)
+        trial = case(root / f"trial {number} {late}", options.steps)
+        run = supervise(trial, PROCESSES, (rank, second))
+        if not run.hit:
+            late += 1
+            continue
+        told = f"process {rank} of {PROCESSES} was killed by SIGKILL" in run.told
+        row = {"trial": number + 1, "process killed": rank, "at s": f"{second:.1f}"}
+        row |= counted(trial, run, rank)
+        row |= {"seconds": run.seconds, "named": told}
+        row["same bits"] = same(run.out, plain[0].out)
+        print(row, file=sys.stderr, flush=True)
+        rows.append(row)
+    usual = np.mean([run.seconds for run in plain])
+    for row in rows:
+        row["extra s"] = f"{row.pop('seconds') - usual:.1f}"
+        for name in ("named", "same bits"):
+            row[name] = "yes" if row.pop(name) else "NO"
+    if not all(same(run.out, plain[0].out) for run in plain):
+        raise SystemExit("Two undisturbed runs differ.")
+    return rows, plain, late
+
+
+def layouts(root, expected, steps):
+    """One run on ever fewer devices, against one that never stopped."""
+    folder = root / "layouts"
+    folder.mkdir()
+    for turn, (processes, devices) in enumerate(LAYOUTS, 1):
+        stop = steps * turn // len(LAYOUTS) // EVERY * EVERY
+        stop = steps if turn == len(LAYOUTS) else stop
+        status = start(case(folder, stop), processes, devices).wait()
+        if status:
+            raise SystemExit((folder / "stderr").read_text("utf-8"))
+        yield {
+            "processes": processes,
+            "devices of each": devices,
+            "to step": stop,
+            "state and history": alike(load(folder / "out.npz"), expected, stop, steps),
+        }
+
+
+def alike(found, expected, stop, steps):
+    """The history up to here, and the state where both are at the end."""
+    far = []
+    for name, wanted in expected.items():
+        state = name.startswith("leaf")
+        if state and stop < steps:
+            continue
+        got, wanted = found[name], wanted if state else wanted[:stop]
+        if got.tobytes() != wanted.tobytes():
+            gap = np.max(np.abs(got - wanted)) / np.max(np.abs(wanted))
+            far.append(f"{name} within {gap:.0e}")
+    return ", ".join(far) or "same bits"
+
+
+def damages(root, options):
+    """Trials by what was damaged and how."""
+    folder = root / "damage"
+    folder.mkdir()
+    more = {"damages": options.damages, "seed": options.seed, "entries": 500}
+    rows = launched({**case(folder, 0), **more}, 2, worker="damage_worker.py")
+    groups = collections.defaultdict(list)
+    for file, kind, *facts in rows:
+        groups[file, kind].append(facts)
+    found = []
+    for (file, kind), facts in sorted(groups.items()):
+        refused, alike, older, *_ = (
+            sum(map(bool, column)) for column in zip(*facts, strict=True)
+        )
+        counts = {"trials": len(facts), "refused with a sentence": refused}
+        counts |= {"older one used": older, "end as undisturbed": alike}
+        found.append({"damaged": file, "how": kind, **counts})
+    return found, rows
+
+
+def main(options):
+    os.environ.setdefault("XLA_FLAGS", QUICK)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        rows, plain, late = kills(root, options)
+        moved = list(layouts(root, plain[0].out, options.steps))
+        bad, details = damages(root, options)
+    repeated = [row["steps repeated"] for row in rows]
+    seconds = ", ".join(f"{run.seconds:.1f}" for run in plain)
+    lines = [header(), "", *table(rows), ""]
+    lines += [
+        f"{options.steps} steps, {EVERY} in a chunk; undisturbed {seconds} s; most "
+        f"steps repeated: {max(repeated)}; {late} kills came after the end and were "
+        "drawn again.",
+        "",
+        *table(moved),
+        "",
+        *table(bad, left=2),
+        "",
+        *sorted({text.replace(name, "") for row in details[:8] for text in row[-2:]}),
+    ]
+    print("\n".join(lines))
+    write_csv(options.out / "scale_faults.csv", rows)
+    write_csv(options.out / "scale_faults_damage.csv", bad)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--trials", type=int, default=20)
+    add("--damages", type=int, default=200)
+    add("--steps", type=int, default=100)
+    add("--seed", type=int, default=0)
+    add("--short", action="store_true")
+    add("--out", type=Path, default=Path("results"))
+    found = parser.parse_args()
+    if found.short:
+        found.trials, found.damages, found.steps = 2, 4, 30
+    main(found)
