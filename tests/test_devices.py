@@ -132,3 +132,9 @@ def test_a_start_is_never_held_by_one_device(monkeypatch):
     ):
         np.testing.assert_array_equal(a, b)
     assert all(len(part) == 1 for part in held(state.y).values())
+
+
+def test_a_process_that_did_not_join_is_told_so(monkeypatch):
+    monkeypatch.setenv("DBOJAX_PROCESSES", "4")
+    with pytest.raises(RuntimeError, match=r"Call `dbo.devices.start\(\)` first"):
+        D.mesh(8)

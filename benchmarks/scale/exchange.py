@@ -10,8 +10,9 @@ import dbojax as dbo
 dbo.devices.start()
 
 import jax
+import jax.numpy as jnp
 from exchanges import program
-from jax.experimental.multihost_utils import sync_global_devices
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 
 
 def loopback():
@@ -27,13 +28,14 @@ def main(case):
     names = ("compressor", "graph", "nodes", "entries", "trips")
     run, arguments, traffic, crossings, mix = program(*(case[name] for name in names))
     jax.block_until_ready(run(*arguments))
-    seconds, sent = [], []
+    seconds, sent, busy = [], [], time.process_time()
     for turn in range(case["repeats"]):
         sync_global_devices(f"before {turn}")
         before, start = loopback(), time.perf_counter()
         jax.block_until_ready(run(*arguments))
         seconds.append((time.perf_counter() - start) / case["trips"])
         sent.append((loopback() - before) / case["trips"])
+    busy = (time.process_time() - busy) / case["repeats"] / case["trips"]
     wire = dbo.devices.wire(run)
     return {
         **case,
@@ -45,6 +47,7 @@ def main(case):
         "kinds": sorted(wire),
         "seconds": seconds,
         "sent": sent,
+        "busy": process_allgather(jnp.float32(busy)).reshape(-1).tolist(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from dbojax import trees
 from dbojax.base import Algorithm, Rounds, State, Tree
 
 AXIS = "nodes"
+
+PROCESSES = "DBOJAX_PROCESSES"  # how many `dbojax launch` has started
 _ALIGNED = 64  # bytes
 
 
@@ -34,11 +37,18 @@ def mesh(
     Raises:
         ValueError: if ``n`` or an axis is not a positive integer, there are too few
             devices, or devices of several processes do not share ``n`` nodes out.
+        RuntimeError: in a process of ``dbojax launch`` without
+            ``dbo.devices.start``: each would go its own way.
 
     Examples:
         >>> dict(mesh(16).shape), dict(mesh(6).shape), dict(mesh(2, model=4).shape)
         ({'nodes': 8}, {'nodes': 6}, {'nodes': 2, 'model': 4})
     """
+    if int(os.environ.get(PROCESSES) or 1) > 1 == jax.process_count():
+        raise RuntimeError(
+            "`dbojax launch` started this script as one of several processes, but it "
+            "has not joined the others. Call `dbo.devices.start()` first in it."
+        )
     trees.check_count(n, "mesh", "nodes")
     for name, length in axes.items():
         trees.check_count(length, "mesh", f"devices along {name!r}")

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dbojax.devices.meshes import PROCESSES
+
 # What `dbojax launch` sets, beside JAX's own `JAX_COORDINATOR_ADDRESS`.
-_PROCESSES, _PROCESS, _TIMEOUT = "DBOJAX_PROCESSES", "DBOJAX_PROCESS", "DBOJAX_TIMEOUT"
+_PROCESS, _TIMEOUT = "DBOJAX_PROCESS", "DBOJAX_TIMEOUT"
 # Set by starters of many processes, each with the number of processes it started.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 # The processes leave together. The first to reach its end may wait long for one that
@@ -148,10 +150,10 @@ def _checked(peers: Any, where: str) -> _Peers:
 
 def _told() -> _Peers | None:
     """What the launcher has put into the environment."""
-    if _PROCESSES not in os.environ:
+    if PROCESSES not in os.environ:
         return None
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    numbers = (os.environ.get(name) for name in (_PROCESSES, _PROCESS))
+    numbers = (os.environ.get(name) for name in (PROCESSES, _PROCESS))
     peers = (address, *(None if n is None else int(n) for n in numbers))
     return _checked(peers, "The environment of `dbojax launch`")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Iterable
 
 _SHAPE = re.compile(r"\b(pred|[a-z]\w*?(\d+))\[([\d,]*)\]")
 _COLLECTIVE = re.compile(
@@ -27,7 +26,8 @@ def wire(compiled) -> dict[str, int]:
         \text{gather} = (D - 1) D b, \quad \text{reduce} = 2 (D - 1) b
 
     for operands of b bytes and groups of D devices, a reduction going around a ring.
-    What stands in a loop counts as often as the loop runs.
+    What stands in a loop counts as often as the loop runs, and of the branches of a
+    choice the one that sends most.
 
     Args:
         compiled: from ``jax.jit(f).lower(...).compile()``, for several devices.
@@ -74,25 +74,32 @@ def _count(name: str, bodies: dict[str, list[str]]) -> collections.Counter[str]:
             shapes, kind, starts = found.groups()
             total[kind] += _crossing(kind, _bytes(shapes), bool(starts), line)
         elif loop := re.search(r" while\(.*body=%?([\w.-]+)", line):
-            inside = _count(loop.group(1), bodies)
-            trips = _TRIPS.search(line)
-            if inside and trips is None:
-                raise ValueError(
-                    f"The loop {loop.group(1)} sends {dict(inside)} bytes each time, "
-                    "and the program does not tell how often it runs. Use "
-                    "`jax.lax.scan` or `fori_loop` with a fixed length."
-                )
-            for kind, count in inside.items():
-                total[kind] += count * int(trips.group(1)) if trips else 0
-        else:
-            for called in _called(line):
-                total += _count(called, bodies)
+            total += _repeated(line, _count(loop.group(1), bodies))
+        elif called := _called(line):
+            sent = [_count(each, bodies) for each in called]
+            total += max(sent, key=lambda count: count.total())
     return total
 
 
-def _called(line: str) -> Iterable[str]:
+def _repeated(line: str, sent: collections.Counter[str]) -> collections.Counter[str]:
+    trips = _TRIPS.search(line)
+    if not sent:
+        return sent
+    if trips is None:
+        raise ValueError(
+            f"A loop sends {dict(sent)} bytes each time, and the program does not tell "
+            "how often it runs. Use `jax.lax.scan` or `fori_loop` with a fixed length."
+        )
+    times = int(trips.group(1))
+    return collections.Counter({kind: times * count for kind, count in sent.items()})
+
+
+def _called(line: str) -> list[str]:
+    """Computations of which the line runs one: several are the branches of a choice."""
+    found = []
     for one, several in _CALLED.findall(line):
-        yield from [one] if one else re.findall(r"%?([\w.-]+)", several)
+        found += [one] if one else re.findall(r"%?([\w.-]+)", several)
+    return found
 
 
 def _bytes(shapes: str) -> int:
