@@ -13,7 +13,6 @@ from dbojax import trees
 from dbojax.base import Algorithm, Rounds, State, Tree
 
 AXIS = "nodes"
-
 PROCESSES = "DBOJAX_PROCESSES"  # how many `dbojax launch` has started
 _ALIGNED = 64  # bytes
 
