@@ -38,7 +38,7 @@ def timed(name, entries, rate, options):
         "trips": trips,
         "repeats": options.repeats,
     }
-    return launched(case, 2, namespace=True, rate=rate)
+    return launched(case, 2, namespace=True, rate=rate or None)
 
 
 def rows(found, rate):

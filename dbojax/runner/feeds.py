@@ -36,8 +36,10 @@ def from_host(batch_at: Callable[[int], Tree]) -> HostBatches:
     into memory at a time.
 
     Args:
-        batch_at: the batch of step ``0, 1, ...`` as NumPy arrays; a pure function of
-            the step, since a resumed run asks for its steps again.
+        batch_at: the batch of step ``0, 1, ...`` as NumPy arrays, the same ones in
+            every process, or as arrays on the mesh of the state, of which each process
+            made its own rows; a pure function of the step, since a resumed run asks for
+            its steps again.
 
     Returns:
         A source to pass to ``run`` as ``batches``.

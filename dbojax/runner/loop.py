@@ -63,24 +63,34 @@ def run(
     ``fold_in(a, t)`` and a sampler ``(b, t)``. A run that was killed and resumed
     therefore ends with the same bits as one that was not.
 
+    Where the state lies on a mesh, it keeps its placement, and what has none, keys and
+    batches from the host included, goes to all devices. On a mesh over several
+    processes, all of them call ``run`` with the same arguments; each gets the history.
+
     Args:
         method: the algorithm.
         key: one random key for the whole run.
         state: the start, from ``method.init``; it stays valid.
         batches: one stacked batch for all steps; or a sampler ``(key, step) ->
             batch``, traced, which always gets the same key; or
-            ``from_host(batch_at)``; or an iterator of batches.
+            ``from_host(batch_at)``; or an iterator of batches. A sampler may close over
+            data on the mesh, which stay where they are; where they span processes,
+            JAX forbids that inside a further ``jax.jit``.
         num_steps: how many steps, those before a resumed checkpoint included.
         evaluate: called with the state at each chunk's end, on the host; returns
             scores by name. It must copy what it keeps, since the next chunk reuses
-            the memory of the state.
+            the memory of the state. Every process calls it, and gets the same scores.
         every: steps per chunk; a thousand at least where the host has nothing to do in
             between (no ``evaluate``, ``checkpoint``, ``progress`` or host batches).
-        checkpoint: a file to write at each chunk's end and to resume from. Method,
-            batches and ``evaluate`` are not in it: pass the same ones again.
+        checkpoint: a file to write at each chunk's end and to resume from, on whatever
+            devices or processes; the one before is kept as ``checkpoint +
+            ".previous"``. Method, batches and ``evaluate`` are not in it: pass the
+            same ones again. Several processes need a folder that all of them share, in
+            which each writes its own part beside the file.
         resume: whether to go on from an existing checkpoint; if not, an existing one
-            is refused, never overwritten.
-        progress: whether to show a bar; needs tqdm.
+            is refused, never overwritten. True refuses a damaged one; ``"auto"`` warns
+            and takes the older one in its place.
+        progress: whether the first process shows a bar; needs tqdm.
         stop_on_nonfinite: whether to stop at NaN and infinities; if not, e.g. in a
             sweep some of whose runs diverge, they are recorded.
 
@@ -89,8 +99,10 @@ def run(
 
     Raises:
         ValueError: before any step, if an argument is impossible, the start is not
-            finite, or the checkpoint is damaged or belongs to another run.
+            finite, the processes disagree, or the checkpoint is damaged or belongs to
+            another run.
         DivergedError: at the end of a chunk that met a non-finite value.
+        PeerLostError: if another process of the run is gone.
 
     Examples:
         >>> def step(key, state, batch):

@@ -28,7 +28,11 @@ _LOST = re.compile(
 
 
 class PeerLostError(ConnectionError):
-    """Another process of this run is gone, or cannot be reached any more."""
+    """Another process of this run is gone, or cannot be reached any more.
+
+    Only the links tell: it is raised at the next exchange. A process that exchanges
+    nothing is ended by JAX itself, when the missing one stops to send signs of life.
+    """
 
 
 class Peers(NamedTuple):

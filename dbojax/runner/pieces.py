@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from dbojax.base import Tree
 from dbojax.runner.peers import Peers, peers_of
 
 Box = tuple[tuple[int, int], ...]  # start and stop on each axis
-_BLOCK = 1 << 16  # elements that are hashed at a time
+_BLOCK = 1 << 14  # words that are hashed at a time
 
 
 class Piece(NamedTuple):
@@ -187,32 +188,39 @@ def digest(tree: Tree, peers: Peers | None = None) -> str:
 def _sum(values: np.ndarray, box: Box, shape, salt) -> np.ndarray:
     flat = np.ascontiguousarray(values).reshape(-1)
     width = max(1, flat.dtype.itemsize // 4)
-    words = flat.view(f"u{min(4, flat.dtype.itemsize)}").reshape(-1, width)
+    words = flat.view(f"u{min(4, flat.dtype.itemsize)}")
     total = np.zeros(2, np.uint64)
     for start in range(0, len(words), _BLOCK):
         part = words[start : start + _BLOCK].astype(np.uint64)
-        places = _places(np.arange(start, start + len(part)), box, shape)
-        places = places[:, None] * np.uint64(width) + np.arange(width, dtype=np.uint64)
-        for lane in range(2):
-            factors = _mixed(places * np.uint64(2) + np.uint64(lane), salt)
-            total[lane : lane + 1] += (part * factors).sum(dtype=np.uint64)
+        places = _places(np.arange(start, start + len(part)), width, box, shape)
+        for lane, factors in enumerate(_factors(places.astype(np.uint64), salt)):
+            total[lane : lane + 1] += np.dot(factors, part)
     return total
 
 
-def _places(local: np.ndarray, box: Box, shape) -> np.ndarray:
-    """Positions in the whole array, of positions in a box of it."""
+def _places(local: np.ndarray, width: int, box: Box, shape) -> np.ndarray:
+    """Positions in the whole array, of words in a box of it."""
+    box, shape = (*box, (0, width)), (*shape, width)
     sides = [stop - start for start, stop in box]
+    if sides[1:] == list(shape[1:]):
+        return local + box[0][0] * math.prod(sides[1:])
     full = np.zeros(len(local), np.int64)
-    for coordinate, (start, _), size in zip(
-        np.unravel_index(local, sides) if sides else (), box, shape, strict=True
-    ):
+    where = np.unravel_index(local, sides)
+    for coordinate, (start, _), size in zip(where, box, shape, strict=True):
         full = full * size + coordinate + start
-    return full.astype(np.uint64)
+    return full
 
 
-def _mixed(places: np.ndarray, salt: np.ndarray) -> np.ndarray:
-    # The finaliser of splitmix64 (Steele, Lea and Flood, 2014), made odd.
-    z = places * np.uint64(0x9E3779B97F4A7C15) + salt
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))) | np.uint64(1)
+def _factors(z: np.ndarray, salt: np.ndarray) -> Iterator[np.ndarray]:
+    # The finaliser of splitmix64 (Steele, Lea and Flood, 2014), made odd; a second
+    # round of it for the second sum.
+    z *= np.uint64(0x9E3779B97F4A7C15)
+    z += salt
+    for _ in range(2):
+        z ^= z >> np.uint64(30)
+        z *= np.uint64(0xBF58476D1CE4E5B9)
+        z ^= z >> np.uint64(27)
+        z *= np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+        z |= np.uint64(1)
+        yield z

@@ -118,12 +118,14 @@ def indexed(samples: Tree, batch_size: int) -> Sampler:
         [5, 5]
     """
     check_batch_size(batch_size)
-    if isinstance(samples, Samples | Numbered):
+    if not isinstance(samples, Samples | Numbered):
+        mask = np.ones(np.shape(jax.tree.leaves(samples)[0])[:2], bool)
+    elif getattr(samples.mask, "is_fully_addressable", True):
         mask = np.asarray(samples.mask, bool)
     else:
-        mask = np.ones(np.shape(jax.tree.leaves(samples)[0])[:2], bool)
+        mask = samples.mask.astype(bool)  # spread over several processes
     sizes = mask.sum(1)
-    fewest = sizes.min()
+    fewest = int(sizes.min())
     if batch_size > fewest:
         instead = f"Write batch_size={fewest}" if fewest else "Leave out empty nodes"
         raise ValueError(
