@@ -11,7 +11,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 import dbojax as dbo
 
-ROWS, BATCH = 96, 8  # samples of one level at a node, and in a minibatch
+BATCH = 8  # samples in a minibatch
 
 
 def peak():
@@ -48,15 +48,15 @@ def method(nodes, mesh):
     )
 
 
-def read(node, entries):
+def read(node, rows, entries):
     """What one node has, as it would come from a file."""
     rng = np.random.default_rng(node)
 
     def samples():
-        rows = rng.random((ROWS, entries), np.float32)
-        rows /= np.sqrt(np.float32(entries))
-        mask = np.ones(ROWS, bool)
-        return dbo.tasks.data.Samples(rows, rng.random(ROWS, np.float32), mask)
+        inputs = rng.random((rows, entries), np.float32)
+        inputs /= np.sqrt(np.float32(entries))
+        labels, mask = rng.random(rows, np.float32), np.ones(rows, bool)
+        return dbo.tasks.data.Samples(inputs, labels, mask)
 
     return dbo.Batch(samples(), samples())
 
@@ -65,33 +65,31 @@ def gib(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**30
 
 
+def ran(case, found):
+    """Load, start and run; peaks go into ``found``. Sizes of data and state in GiB."""
+    nodes, entries = case["nodes"], case["entries"]
+    mesh = dbo.devices.mesh(nodes)
+    data = dbo.devices.load(lambda i: read(i, case["rows"], entries), nodes, mesh)
+    found["loaded"] = peak()
+    c2dfb, zeros = method(nodes, mesh), jnp.zeros(entries, jnp.float32)
+    draws = [dbo.tasks.samplers.minibatches(level, BATCH) for level in data]
+    state, _ = dbo.run(
+        c2dfb,
+        jax.random.key(0),
+        dbo.devices.init(c2dfb, zeros, zeros, mesh, nodes),  # and nobody keeps it
+        dbo.tasks.samplers.paired(*draws),
+        case["steps"],
+        every=case["steps"],
+        checkpoint=case["checkpoint"],
+    )
+    found["ran"] = peak()
+    return {"data": gib(data), "state": gib(state)}
+
+
 def main(case):
     jnp.zeros(1).block_until_ready()
-    found = {"JAX alone": peak()}
-    if case["nodes"]:
-        nodes, entries = case["nodes"], case["entries"]
-        mesh = dbo.devices.mesh(nodes)
-        data = dbo.devices.load(lambda node: read(node, entries), nodes, mesh)
-        found["loaded"] = peak()
-        c2dfb, zeros = method(nodes, mesh), jnp.zeros(entries, jnp.float32)
-        state = dbo.devices.init(c2dfb, zeros, zeros, mesh, nodes)
-        found["started"] = peak()
-        sampler = dbo.tasks.samplers.paired(
-            *(dbo.tasks.samplers.minibatches(level, BATCH) for level in data)
-        )
-        state, _ = dbo.run(
-            c2dfb,
-            jax.random.key(0),
-            state,
-            sampler,
-            case["steps"],
-            every=case["steps"],
-            checkpoint=case["checkpoint"],
-        )
-        found["ran"] = peak()
-        sizes = {"data": gib(data), "state": gib(state)}
-    else:
-        sizes = {}
+    found = {"idle": peak()}
+    sizes = ran(case, found) if case["nodes"] else {}
     peaks = process_allgather(np.array([*found.values()])).reshape(-1, len(found))
     return sizes | dict(zip(found, peaks.max(0).tolist(), strict=True))
 
