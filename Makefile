@@ -29,6 +29,9 @@ bench:
 	$(PYTHON) benchmarks/reproduce/cdadam.py
 	$(PYTHON) benchmarks/reproduce/csoba.py
 	$(PYTHON) benchmarks/hypergradients.py
+	for part in wire bandwidth weak model faults memory; do \
+		$(PYTHON) benchmarks/scale/$$part.py || exit 1; \
+	done
 	for part in toy rate modes memory accuracy; do \
 		$(PYTHON) benchmarks/reproduce/rabo/$$part.py || exit 1; \
 	done

@@ -41,6 +41,7 @@ from dbojax.optim import communicate as communicate
 from dbojax.optim import per_node as per_node
 from dbojax.runner import DivergedError as DivergedError
 from dbojax.runner import History as History
+from dbojax.runner import PeerLostError as PeerLostError
 from dbojax.runner import checkpoints as checkpoints
 from dbojax.runner import from_host as from_host
 from dbojax.runner import run as run

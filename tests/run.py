@@ -10,7 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # A file's tests share compiled programs, cached tasks and fixtures: on one worker.
-TOGETHER = ["--dist", "loadfile"]
+# Files go out in the order of pyproject.toml; else those of few tests come last, long
+# as they may take, and one worker idles.
+TOGETHER = ["--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def main(options):

@@ -100,7 +100,9 @@ def alone(entry, cell, seed):
 def test_one_program_equals_single_runs_with_their_own_mixers(outcomes, name):
     cells = {cell.place: cell for cell in outcomes[name].cells}
     assert len(cells) == 4
-    for graph, seed, h in (("ring", 0, 0.8), ("star", 1, 0.2)):
+    # Not seed 0 at h = 0.8: a node there lacks two of the three classes, its gradients
+    # are the same for both, and rounding decides which of two equals top-k keeps.
+    for graph, seed, h in (("ring", 1, 0.8), ("star", 0, 0.2)):
         cell = cells["blobs", graph, h]
         single = alone(ROSTER[name], cell, seed)
         for column in (
@@ -420,7 +422,8 @@ def test_fashion_mnist_is_one_study_more_where_its_folder_is(tmp_path, capsys):
     task = known["fashion_representation"].deal(0, 0.8)
     assert task.n == 10
     assert task.held.inputs.shape == (30, 6)
-    assert float(task.judge(task.x0, task.y0, task.batch, task.held)["test_loss"]) > 0
+    judged = jax.jit(task.judge)(task.x0, task.y0, task.batch, task.held)
+    assert float(judged["test_loss"]) > 0
 
 
 @pytest.mark.parametrize("name", comparison.roster())

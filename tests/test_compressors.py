@@ -208,11 +208,15 @@ def test_transforms_change_nothing(c, key):
 @params(WITH_ADD)
 def test_add_is_decompress_then_add(c, key):
     v = {"a": jnp.asarray(vectors()["gaussian"]), "b": jnp.ones((2, 3))}
-    into = jax.tree.map(lambda a: a + 1, v)
-    payload, _ = c.compress(key, v, c.init(v))
-    got = c.add(payload, jnp.asarray(-0.5), into)
-    dense = c.decompress(payload, v)
-    want = jax.tree.map(lambda i, q: i - 0.5 * q, into, dense)
+    into = jax.tree.map(lambda a: np.asarray(a) + 1, v)
+
+    @jax.jit
+    def both(key, scale, into):
+        payload, _ = c.compress(key, v, c.init(v))
+        return c.add(payload, scale, into), c.decompress(payload, v)
+
+    got, dense = both(key, jnp.asarray(-0.5), into)
+    want = jax.tree.map(lambda i, q: i - 0.5 * np.asarray(q), into, dense)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, want)
 
 

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 import dbojax as dbo
+from dbojax.runner.feeds import feed
+from dbojax.runner.peers import peers_of
+from dbojax.runner.program import Program, own
 
 D = dbo.devices
 MESHES = {k: D.mesh(everywhere.N, devices=jax.devices()[:k]) for k in (1, 8)}
@@ -89,3 +92,28 @@ def test_leaves_of_one_node_may_be_spread_along_a_second_axis():
         ends.append(steps(state, D.place(task.batch, mesh)))
     assert ends[1].y.sharding.spec == jax.P("nodes", "model")
     close(*ends)
+
+
+def test_a_step_sends_what_the_meter_counts_and_measuring_sends_the_rest():
+    method, start = METHODS[8]["c2dfb"]
+    mesh, key = MESHES[8], jax.random.key(0)
+    state = D.init(method, *start, mesh)
+    batch = D.place(everywhere.batch("c2dfb"), mesh)
+    graph = dbo.mixing.mixer(everywhere.graph())
+    assert D.crossings(graph, mesh) == graph.links
+    bare = jax.jit(lambda *step: method.step(*step)[0])
+    _, metrics = jax.eval_shape(method.step, key, state, batch)
+    sent = D.wire(bare.lower(key, state, batch).compile())
+    assert sent == {"collective-permute": metrics.traffic.total}
+    texts = []
+    for measure in (1, 1000):
+        program = Program(method, feed(batch), key, peers_of(state), measure)
+        program(own(state), 0, 2)
+        texts.append(program.compiled[2].as_text())
+    reductions, exchanges = (
+        [text.count(f" {kind}(") for text in texts]
+        for kind in ("all-reduce", "collective-permute")
+    )
+    # Of the two branches that a step then has, one measures.
+    assert reductions[0] == reductions[1] > 0
+    assert exchanges[1] == 2 * exchanges[0] > 0

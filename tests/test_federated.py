@@ -338,10 +338,13 @@ def test_a_sample_is_drawn_for_each_local_step():
         lambda x, y, b: jnp.sum(y),
     )
 
+    x, y = start()
+    layout = S.layout(jax.tree.map(lambda a: a[0], x), y[0], *LABELS)
+    alike = S.fleet(layout, [1.0] * CLIENTS)  # a third of the program of unlike ones
+
     def moved(local_steps, sample):
-        some = fleet(participants=None)
         algorithm = method(
-            problem=flat, fleet=some, local_steps=local_steps, sample=sample
+            problem=flat, fleet=alike, local_steps=local_steps, sample=sample
         )
         end = run(algorithm, rounds=1)[0].x["bias"][0]
         return np.asarray(start()[0]["bias"][0] - end)

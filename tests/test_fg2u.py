@@ -133,9 +133,10 @@ def test_refused_variables_and_states(name, key):
 
 def test_keys_of_both_kinds_give_the_same_step():
     typed = jax.random.key(3)
-    state = METHODS["shared"]().init(jnp.zeros((NODES, N)), jnp.zeros((NODES, N)))
+    method = METHODS["shared"]()
+    state, step = method.init(*np.zeros((2, NODES, N))), jax.jit(method.step)
     moved = [
-        METHODS["shared"]().step(key, state, gradients())[0].x
+        step(key, state, gradients())[0].x
         for key in (typed, jax.random.key_data(typed))
     ]
     np.testing.assert_array_equal(*moved)

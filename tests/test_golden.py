@@ -1,6 +1,7 @@
 """C²DFB on the heterogeneous quadratics: golden runs and the acceptance table.
 
-float64, ring of ten, through the same channels and strategies that users compose.
+float64, ring of ten, through the same channels and strategies that users compose; long
+compressed runs that are judged to some percent take float32, a quarter of the time.
 """
 
 import functools
@@ -47,8 +48,18 @@ def _method(inner, rounds=10, penalty=10.0, lower_step=0.05, hops=1, **switches)
     )
 
 
-def _norms(method, steps=1500, toy=None):
-    return toys.hypergradient_norms(method, toy or _toy(), steps)
+@functools.cache
+def _short_toy():
+    toy = _toy()
+    parts = toy.x0, toy.y0, toy.batch
+    x0, y0, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), parts)
+    return toy._replace(x0=x0, y0=y0, batch=batch)
+
+
+def _norms(method, steps=1500, short=False):
+    toy = _short_toy() if short else _toy()
+    options = toys.THOROUGH if steps >= 300 else None
+    return toys.hypergradient_norms(method, toy, steps, options=options)
 
 
 def test_one_step_leaves_x_where_it_is():
@@ -91,7 +102,10 @@ def test_floors(case):
     steps = 1200 if penalty == 100 else 1000
     if rounds == 1 or "K 10" in case:
         steps = 1500
-    state, norms = _norms(_method(make(*settings), rounds, penalty), steps)
+    # In float64 where rounding is seen: in the last agreement, and in the early norm of
+    # few rounds, which float32 moves by more than is allowed.
+    short = make is _top and rounds >= 5 and "K 10" not in case
+    state, norms = _norms(_method(make(*settings), rounds, penalty), steps, short)
     assert norms[-1] == pytest.approx(floor, rel=0.03)
     if make is _top and penalty == 100:
         assert norms[149] == pytest.approx(NEAR_150[rounds], rel=0.05)
@@ -104,12 +118,7 @@ RESETS = {10: 1.46, 50: 0.95, 200: 0.20}
 
 @pytest.mark.parametrize("rounds", RESETS)
 def test_forgetting_the_memories_stalls(rounds):
-    toy = _toy()
-    parts = toy.x0, toy.y0, toy.batch
-    # So many rounds cost a third less in float32, and a stall has no digits to lose.
-    x0, y0, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), parts)
-    toy = toy._replace(x0=x0, y0=y0, batch=batch)
-    _, norms = _norms(_method(_top(30, 0.3), rounds, carry=False), 300, toy)
+    _, norms = _norms(_method(_top(30, 0.3), rounds, carry=False), 300, True)
     assert norms[-1] == pytest.approx(RESETS[rounds], rel=0.25)
 
 
@@ -124,9 +133,9 @@ NAIVE = {
 def test_naive_compression_stays_away(case):
     percent, gamma, lower_step = NAIVE[case]
     naive = _top(percent, gamma, kind=dbo.channels.error_feedback)
-    _, norms = _norms(_method(naive, lower_step=lower_step), 1000)
+    _, norms = _norms(_method(naive, lower_step=lower_step), 1000, True)
     assert norms[-200:].mean() > 0.3
-    _, norms = _norms(_method(_top(percent, gamma), lower_step=lower_step), 1000)
+    _, norms = _norms(_method(_top(percent, gamma), lower_step=lower_step), 1000, True)
     assert norms[-1] == pytest.approx(6.66e-2, rel=0.03)
 
 

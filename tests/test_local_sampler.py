@@ -29,7 +29,8 @@ SAMPLE = {size: jax.jit(samplers.local(size)) for size in (2, 4, 50)}
 @pytest.mark.parametrize("batch_size", SAMPLE)
 def test_a_batch_is_distinct_true_samples_and_as_many_as_there_are(batch_size):
     for size, seed in itertools.product(range(WIDTH + 1), range(5)):
-        batch = SAMPLE[batch_size](jax.random.key(seed), samples_of(size))
+        drawn = SAMPLE[batch_size](jax.random.key(seed), samples_of(size))
+        batch = jax.device_get(drawn)
         held = batch.labels[batch.mask].tolist()
         assert batch.mask.shape == (min(batch_size, WIDTH),)
         assert len(held) == min(batch_size, size)

@@ -1,5 +1,7 @@
 """Low rank: projections, the law of a fresh start, memory, leaves that stay dense."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from dbojax import compressors as C
 from dbojax import trees
 
 
+@partial(jax.jit, static_argnums=0)
 def message(c, key, v, state=None):
     payload, state = c.compress(key, v, c.init(v) if state is None else state)
     return c.decompress(payload, v), state, payload

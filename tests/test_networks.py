@@ -94,7 +94,7 @@ def test_the_way_back_leads_back(name):
     np.testing.assert_array_equal(nodes[:, 0], me[:, 0])
     np.testing.assert_array_equal(nodes[nodes, reverse], me + 0 * nodes)
     np.testing.assert_array_equal(reverse[nodes, reverse], np.indices(nodes.shape)[1])
-    ever = np.asarray(NETWORKS[name].weights(jax.random.key(0), 0)) > 0
+    ever = np.asarray(jax.jit(NETWORKS[name].weights)(jax.random.key(0), 0)) > 0
     assert not ever[:, NETWORKS[name].heard :].any()
 
 

@@ -30,7 +30,8 @@ NONE = "-"
 # In what they leave out.
 VANISHING = {"exact", "push", "reference_point", "ef21", "diana", *toys.LOSSY}
 GAMMA = 0.4  # of both compressed channels
-STEPS = 4000
+STEPS = 3400  # the slowest case is there after 3040
+BIASED_STEPS, BOUND = 1000, 1e3  # no case is further than ten from the solution
 UPPER, LOWER = 0.05, 0.3  # steps over 1 / smoothness of Psi and of the local g
 TOLERANCE = 1e-6
 # A small program is compiled faster than it is optimised.
@@ -181,10 +182,13 @@ def test_the_cover_covers_every_pair():
     ids=lambda team: " + ".join("/".join(case) for case in team),
 )
 def test_parts_meet(team):
-    state = _settle(*team)
+    exact = _has_no_bias(team[0])
+    state = jax.device_get(_settle(*team, STEPS if exact else BIASED_STEPS))
     for leaf in jax.tree.leaves(state):
-        assert np.isfinite(np.asarray(leaf)).all()
-    if _has_no_bias(team[0]):
+        assert np.isfinite(leaf).all()
+    for leaf in (state.x, state.y, state.z):
+        assert np.abs(leaf).max() < BOUND
+    if exact:
         assert _hypergrad(state) <= TOLERANCE
         assert float(dbo.consensus_error((state.x, state.y, state.z))) <= TOLERANCE
 

@@ -1,5 +1,6 @@
 """Backbones: any width, and the same numbers with units left out or silenced."""
 
+import functools
 import math
 
 import jax
@@ -26,8 +27,13 @@ def inputs_of(backbone, count=4):
     return jax.random.normal(jax.random.key(1), (count, d))
 
 
-def start(backbone):
+@functools.cache
+def start(name):
     """Parameters and a head, none of them zero."""
+    return jax.jit(functools.partial(drawn_start, BACKBONES[name]))()
+
+
+def drawn_start(backbone):
     x = backbone.init(jax.random.key(0))
     width = backbone.features(x, inputs_of(backbone)).shape[-1]
     y = {"kernel": jnp.zeros((width, CLASSES)), "bias": jnp.zeros(CLASSES)}
@@ -59,7 +65,7 @@ def chosen(names, shape, sizes):
 
 def extracted(labels, tree, sizes):
     def take(names, leaf):
-        return leaf[np.ix_(*chosen(names, leaf.shape, sizes))]
+        return np.asarray(leaf)[np.ix_(*chosen(names, leaf.shape, sizes))]
 
     return jax.tree.map(take, labels, tree)
 
@@ -68,7 +74,7 @@ def masked(labels, tree, sizes):
     def silence(names, leaf):
         kept = np.zeros(leaf.shape)
         kept[np.ix_(*chosen(names, leaf.shape, sizes))] = 1
-        return leaf * kept
+        return np.asarray(leaf) * kept
 
     return jax.tree.map(silence, labels, tree)
 
@@ -80,7 +86,7 @@ def logits(backbone, x, y, inputs):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_smaller_network_is_the_whole_one_with_silent_units(name):
     backbone = BACKBONES[name]
-    x, y = start(backbone)
+    x, y = start(name)
     labels, inputs = (backbone.x, backbone.y), inputs_of(backbone)
     sizes = units_of(labels, (x, y))
     assert set(sizes) - {"_"} == {f"h{layer}" for layer in range(len(x))}
@@ -112,23 +118,25 @@ def test_a_representation_takes_a_backbone_and_is_the_written_objective(name):
         np.testing.assert_array_equal, task.x0, backbone.init(jax.random.key(3))
     )
     assert not any(leaf.any() for leaf in jax.tree.leaves(task.y0))
-    x, y = start(backbone)
+    x, y = start(name)
     one = jax.tree.map(lambda leaf: leaf[1], task.batch.lower)
-    found = np.asarray(logits(backbone, x, y, one.inputs))
+    found = np.asarray(jax.jit(functools.partial(logits, backbone))(x, y, one.inputs))
     plain = np.mean(
         np.log(np.exp(found).sum(1)) - found[np.arange(len(found)), one.labels]
     )
     ridge = 0.2 * sum(float((leaf**2).sum()) for leaf in y.values())
-    np.testing.assert_allclose(task.problem.upper(x, y, one), plain, rtol=1e-10)
-    np.testing.assert_allclose(task.problem.lower(x, y, one), plain + ridge, rtol=1e-10)
+    upper, lower = map(jax.jit, task.problem)
+    np.testing.assert_allclose(upper(x, y, one), plain, rtol=1e-10)
+    np.testing.assert_allclose(lower(x, y, one), plain + ridge, rtol=1e-10)
 
 
 def test_a_norm_sees_one_channel_of_one_image():
     backbone = BACKBONES["convolutional"]
-    x, _ = start(backbone)
+    x, _ = start("convolutional")
     inputs = inputs_of(backbone)
-    alone = [backbone.features(x, row[None])[0] for row in inputs]
-    np.testing.assert_allclose(backbone.features(x, inputs), alone, rtol=1e-12)
+    features = jax.jit(backbone.features)
+    alone = [features(x, row[None])[0] for row in np.asarray(inputs)]
+    np.testing.assert_allclose(features(x, inputs), alone, rtol=1e-12)
 
 
 def renamed(labels):
@@ -138,7 +146,7 @@ def renamed(labels):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_units_are_those_that_can_be_read_off(name):
     backbone = BACKBONES[name]
-    x, y = start(backbone)
+    x, y = start(name)
 
     def apply(x, y, inputs):
         return logits(backbone, x, y, inputs)

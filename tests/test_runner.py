@@ -197,6 +197,22 @@ def test_counts_are_exact_and_cumulative(key, x, batch):
     assert all(len(column) == 23 for column in history.values())
 
 
+def test_metrics_of_some_steps_alone(key, x, batch):
+    method = noisy()
+    whole, all_rows = dbo.run(method, key, method.init(x, x), batch, 10, every=5)
+    state, some = dbo.run(
+        method, key, method.init(x, x), batch, 10, every=5, measure=3, progress=True
+    )
+    assert same(state, whole)
+    taken = all_rows["step"] % 3 == 0
+    for name, column in all_rows.items():
+        if name == "seconds":
+            continue
+        measured = name.startswith(("upper", "hypergrad", "consensus"))
+        expected = np.where(taken, column, np.nan) if measured else column
+        np.testing.assert_array_equal(some[name], expected, err_msg=name)
+
+
 def test_seconds_rise_and_leave_compiling_out(key, x, batch):
     _, history = dbo.run(noisy(), key, start(x), batch, 20, every=10)
     assert (np.diff(history["seconds"], prepend=0) > 0).all()

@@ -229,7 +229,8 @@ def _floors(name):
         return jax.lax.scan(step, start, keys)[1][-200:].mean()
 
     keys = jnp.stack([jax.random.key(seed) for _, seed in PROBLEMS])
-    return np.asarray(jax.jit(jax.vmap(run))(batches, keys))
+    floors = jax.jit(jax.vmap(run), compiler_options=toys.THOROUGH)
+    return np.asarray(floors(batches, keys))
 
 
 def test_golden_problems_have_their_fingerprints():

@@ -31,6 +31,10 @@ def start(task, method):
     return method.init(dbo.replicate(task.x0, task.n), dbo.replicate(task.y0, task.n))
 
 
+# For thousands of small operations: here the compiler's work pays, see conftest.py.
+THOROUGH = {"xla_backend_optimization_level": 2}
+
+
 def run(method, task, steps, seed=0):
     """Final state and stacked metrics of a plain scan on the full batch."""
 
@@ -40,25 +44,24 @@ def run(method, task, steps, seed=0):
     return _scan(step, task, method, steps, seed)
 
 
-def _scan(step, task, method, steps, seed):
+def _scan(step, task, method, steps, seed, options=None):
     """One program for the start and all steps: each eager line would be one more."""
 
-    @jax.jit
     def scan(key):
         keys = jax.random.split(key, steps)
         return jax.lax.scan(step, start(task, method), keys)
 
-    return scan(jax.random.key(seed))
+    return jax.jit(scan, compiler_options=options)(jax.random.key(seed))
 
 
-def hypergradient_norms(method, task, steps, seed=0):
+def hypergradient_norms(method, task, steps, seed=0, options=None):
     """True norm at the node mean of x after each step."""
 
     def step(state, key):
         state, _ = method.step(key, state, task.batch)
         return state, jnp.linalg.norm(task.exact.hypergradient(dbo.node_mean(state.x)))
 
-    state, norms = _scan(step, task, method, steps, seed)
+    state, norms = _scan(step, task, method, steps, seed, options)
     return state, np.asarray(norms)
 
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from dbojax.base import Tree
 from dbojax.runner import files, pieces
-from dbojax.runner.files import previous as previous
 from dbojax.runner.peers import Peers, peers_of, together
 from dbojax.runner.pieces import digest as digest
 

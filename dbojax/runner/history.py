@@ -28,7 +28,8 @@ class History(dict[str, np.ndarray]):
     chunk with the device blocked and spread evenly over the chunk's steps; compiling,
     ``evaluate``, reading batches on the host and writing checkpoints are not in it. The
     columns of ``evaluate`` are NaN in rows at which it did not run; ``evaluated`` says
-    at which it did.
+    at which it did. Likewise the columns of ``Metrics`` in steps that ``measure`` left
+    out.
 
     Args:
         columns: the arrays, by name.
@@ -103,6 +104,7 @@ class Chunk(NamedTuple):
     metrics: Metrics  # leaves (steps, ...)
     seconds: float
     scores: Columns | None = None  # what `evaluate` returned at its end
+    measured: np.ndarray | None = None  # (steps,), where metrics are; None: everywhere
 
     @property
     def length(self) -> int:
@@ -124,8 +126,9 @@ def columns(chunks: Sequence[Chunk], before: Columns) -> dict[str, np.ndarray]:
     if not chunks:
         return dict(before)
     metrics = _concatenated([chunk.metrics for chunk in chunks])
-    measured = quantities(metrics)
     lengths = [chunk.length for chunk in chunks]
+    taken = [_taken(chunk) for chunk in chunks]
+    measured = _masked(quantities(metrics), np.concatenate(taken))
     count = np.arange(1, sum(lengths) + 1)
     base = {name: column[-1] for name, column in before.items()}
     totals = {name: count * each for name, each in per_step(metrics).items()}
@@ -138,6 +141,20 @@ def columns(chunks: Sequence[Chunk], before: Columns) -> dict[str, np.ndarray]:
     }
     part |= _scores(chunks, np.cumsum(lengths) - 1)
     return joined([before, part]) if before else part
+
+
+def _taken(chunk: Chunk) -> np.ndarray:
+    return np.ones(chunk.length, bool) if chunk.measured is None else chunk.measured
+
+
+def _masked(columns: Columns, taken: np.ndarray) -> dict[str, np.ndarray]:
+    """NaN in the rows that were not taken."""
+
+    def masked(column):
+        rows = taken.reshape((-1,) + (1,) * (column.ndim - 1))
+        return np.where(rows, column, np.nan)
+
+    return {name: masked(column) for name, column in columns.items()}
 
 
 def per_step(metrics: Metrics) -> dict[str, int]:

@@ -49,6 +49,7 @@ def run(
     *,
     evaluate: Callable[[State], Mapping[str, Any]] | None = None,
     every: int = 50,
+    measure: int = 1,
     checkpoint: str | os.PathLike | None = None,
     resume: bool | str = True,
     progress: bool = False,
@@ -82,6 +83,9 @@ def run(
             the memory of the state. Every process calls it, and gets the same scores.
         every: steps per chunk; a thousand at least where the host has nothing to do in
             between (no ``evaluate``, ``checkpoint``, ``progress`` or host batches).
+        measure: take the metrics of every so manieth step alone, counted from 1; the
+            others are NaN in the history. Their means over the nodes are the one thing
+            that a compressed method on several devices sends in full.
         checkpoint: a file to write at each chunk's end and to resume from, on whatever
             devices or processes; the one before is kept as ``checkpoint +
             ".previous"``. Method, batches and ``evaluate`` are not in it: pass the
@@ -122,17 +126,20 @@ def run(
         >>> state.tolist(), int(history["total_bytes"][-1])
         ([1.0, 1.0], 960)
     """
-    _check_counts(num_steps=num_steps, every=every)
+    _check_counts(num_steps=num_steps, every=every, measure=measure)
     feed, state = feeds.feed(batches), own(state)
     peers, file, stands = peers_of(state), None, 0
     with watched(lambda: _left(file, stands)):
-        _check_start(state, key, peers, stop_on_nonfinite, (num_steps, every, resume))
+        settings = {"num_steps": num_steps, "every": every, "measure": measure}
+        _check_start(
+            state, key, peers, stop_on_nonfinite, settings | {"resume": resume}
+        )
         file = file_of(checkpoint, feed, key, state, every, peers)
         if evaluate is None and file is None and not (progress or feed.on_host):
             every = max(every, _UNDISTURBED)
         done, state, before = begin(file, state, num_steps, resume)
         stands = done
-        program = Program(method, feed, key, peers)
+        program = Program(method, feed, key, peers, measure)
         chunks, scores = [], {name: column[-1] for name, column in before.items()}
         with _bar(progress, done, num_steps) as show:
             while done < num_steps:
@@ -173,8 +180,7 @@ def _check_counts(**counts: int) -> None:
 
 def _check_start(state: State, key, peers: Peers, stop: bool, settings) -> None:
     if peers.size > 1:
-        names = ("num_steps", "every", "resume")
-        agree(peers, key=digest(key), **dict(zip(names, settings, strict=True)))
+        agree(peers, key=digest(key), **settings)
     name = _first_nonfinite(state) if stop else None
     if name is not None:
         raise ValueError(
@@ -234,7 +240,8 @@ def _bar(progress: bool, done: int, num_steps: int):
     with tqdm(total=num_steps, initial=done, unit="step", disable=quiet) as bar:
 
         def show(chunk, done):
-            loss = float(np.mean(chunk.metrics.upper[-1]))
+            last = np.flatnonzero(chunk.measured)[-1:]
+            loss = float(np.mean(chunk.metrics.upper[last])) if last.size else np.nan
             sent = done * chunk.metrics.traffic.total / 1e6
             bar.set_postfix(loss=f"{loss:.4g}", MB=f"{sent:.4g}", refresh=False)
             bar.update(chunk.length)
