@@ -18,7 +18,7 @@ class Run(NamedTuple):
     """What became of a run."""
 
     seconds: float  # from the moment when all processes are there
-    hit: bool  # whether the process that was to be killed was still there
+    killed: float | None  # at which second; None if the process had ended
     first: dict  # rank -> process id, in the first attempt
     out: dict  # arrays by name
     told: str  # what the launcher and the processes wrote to stderr
@@ -56,29 +56,53 @@ def ranks(launcher):
     return found
 
 
-def supervise(case, processes, kill=None):
-    """Run to the end; ``kill`` names a rank and the second at which it dies."""
-    Path(case["folder"]).mkdir(parents=True)
+def after(second):
+    """Wait for a moment; tell whether the run lasts until then."""
+
+    def wait(launcher, log):
+        del log
+        try:
+            launcher.wait(second)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
+    return wait
+
+
+def amid_checkpoint(number, delay):
+    """Wait until a process is some seconds into its checkpoint of that number."""
+
+    def wait(launcher, log):
+        while launcher.poll() is None:
+            if log.exists() and log.read_text("ascii").count("checkpoint") >= number:
+                time.sleep(delay)
+                return True
+            time.sleep(0.001)
+        return False
+
+    return wait
+
+
+def supervise(case, processes, rank=0, wait=None):
+    """Run to the end; a rank is killed when ``wait`` returns."""
+    folder = Path(case["folder"])
+    folder.mkdir(parents=True)
     launcher = start(case, processes, restarts=1)
     first = {}
     while len(first) < processes and launcher.poll() is None:
         time.sleep(0.005)
         first = ranks(launcher)
-    begin, hit = time.monotonic(), False
-    if kill:
-        rank, second = kill
-        try:
-            status = launcher.wait(second)
-        except subprocess.TimeoutExpired:
-            hit = rank in ranks(launcher)
-            if hit:
-                os.kill(first[rank], signal.SIGKILL)
+    begin, killed = time.monotonic(), None
+    if wait and wait(launcher, folder / f"log_{rank}") and rank in ranks(launcher):
+        os.kill(first[rank], signal.SIGKILL)
+        killed = time.monotonic() - begin
     status = launcher.wait()
     seconds = time.monotonic() - begin
-    told = (Path(case["folder"]) / "stderr").read_text("utf-8")
+    told = (folder / "stderr").read_text("utf-8")
     if status:
         raise SystemExit(f"A supervised run ended with status {status}:\n{told}")
-    return Run(seconds, hit, first, load(case["out"]), told)
+    return Run(seconds, killed, first, load(case["out"]), told)
 
 
 def load(path):
