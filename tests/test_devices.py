@@ -1,3 +1,4 @@
+import weakref
 from fractions import Fraction
 
 import jax
@@ -80,6 +81,19 @@ def test_load_reads_each_node_once_and_puts_it_where_it_lives():
     assert data["b"].dtype == np.float32
     assert {part[0, 0, 0] for part in held(data["a"]).values()} == {0, 2, 4, 6}
     np.testing.assert_array_equal(data["b"], np.arange(8))
+
+
+def test_load_lets_go_of_a_node_before_it_reads_the_next():
+    before = []
+
+    def read(node):
+        assert not any(seen() is not None for seen in before)
+        leaf = np.full(1000, node, np.float32)
+        before.append(weakref.ref(leaf))
+        return {"a": leaf}
+
+    data = D.load(read, 8, D.mesh(8, devices=jax.devices()[:2]))["a"]
+    np.testing.assert_array_equal(data[:, 0], np.arange(8))
 
 
 def test_load_refuses_nodes_of_unlike_shapes():

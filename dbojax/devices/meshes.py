@@ -14,6 +14,7 @@ from dbojax.base import Algorithm, Rounds, State, Tree
 
 AXIS = "nodes"
 PROCESSES = "DBOJAX_PROCESSES"  # how many `dbojax launch` has started
+_ALIGNED = 64  # bytes
 
 
 def mesh(
@@ -183,25 +184,64 @@ def load(read: Callable[[int], Tree], n: int, mesh: jax.sharding.Mesh) -> Tree:
     """
     check_divides(mesh, n)
     sharding = nodes_first(mesh)
-    held = sharding.addressable_devices_indices_map((n,))
-    blocks = {device: range(n)[index[0]] for device, index in held.items() if index}
     # Devices along a second axis hold the same nodes: read once.
-    rows = {i: read(i) for i in sorted({i for b in blocks.values() for i in b})}
-    rows = {i: jax.tree.map(np.asarray, tree) for i, tree in rows.items()}
-    first = min(rows)
-    for node, tree in rows.items():
-        trees.check_like(tree, rows[first], f"read({node})", f"read({first})")
+    held: dict[range, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map((n,)).items():
+        if index:
+            held.setdefault(range(n)[index[0]], []).append(device)
+    read, parts = _checked(read, min(map(min, held))), []
+    for block in sorted(held, key=min):
+        rows = _stacked(read, block)
+        parts += [jax.device_put(rows, device) for device in held[block]]
 
-    def assembled(*leaves):
-        of_node = dict(zip(rows, leaves, strict=True))
-        parts = [
-            jax.device_put(np.stack([of_node[i] for i in block]), device)
-            for device, block in blocks.items()
-        ]
-        shape = (n, *leaves[0].shape)
+    def assembled(*parts):
+        shape = (n, *parts[0].shape[1:])
         return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
-    return jax.tree.map(assembled, *rows.values())
+    return jax.tree.map(assembled, *parts)
+
+
+def _checked(read: Callable[[int], Tree], first: int) -> Callable[[int], Tree]:
+    """Read NumPy arrays, and refuse a node that is unlike the first."""
+
+    def form(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    forms = []
+
+    def checked(node):
+        tree = jax.tree.map(np.asarray, read(node))
+        forms[1:] = [jax.tree.map(form, tree)]
+        trees.check_like(forms[-1], forms[0], f"read({node})", f"read({first})")
+        return tree
+
+    return checked
+
+
+def _stacked(read: Callable[[int], Tree], block: range) -> Tree:
+    """The data of a block of nodes, of which only one node's is there twice."""
+    rows = None
+    for place, node in enumerate(block):
+        rows = _filled(rows, read(node), place, len(block))
+    return rows
+
+
+def _filled(rows: Tree | None, tree: Tree, place: int, length: int) -> Tree:
+    if rows is None:
+        rows = jax.tree.map(lambda leaf: _empty(length, leaf), tree)
+    pairs = zip(jax.tree.leaves(rows), jax.tree.leaves(tree), strict=True)
+    for stack, leaf in pairs:
+        stack[place] = leaf
+    return rows
+
+
+def _empty(length: int, like: np.ndarray) -> np.ndarray:
+    """A stack that starts where CPUs use it as it is, and do not copy it."""
+    dtype = jax.dtypes.canonicalize_dtype(like.dtype)
+    size = length * like.size * dtype.itemsize
+    raw = np.empty(size + _ALIGNED, np.uint8)
+    start = -raw.ctypes.data % _ALIGNED
+    return raw[start : start + size].view(dtype).reshape(length, *like.shape)
 
 
 def nodes_first(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
