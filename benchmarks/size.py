@@ -17,11 +17,11 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from cases import printed
 from report import header, table, write_csv
 
 HERE = Path(__file__).resolve().parent
@@ -77,17 +77,8 @@ def cases(short):
 
 def run(case):
     """The case in a process of its own, started like this one."""
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    found = subprocess.run(
-        [sys.executable, str(HERE / "size_cases.py"), json.dumps(case)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths},
-        check=False,
-    )
-    if found.returncode:
-        raise SystemExit(f"This case ended with status {found.returncode}: {case}")
-    return json.loads(found.stdout.splitlines()[-1])
+    script = str(HERE / "size_cases.py")
+    return printed([sys.executable, script, json.dumps(case)], case)
 
 
 def formula(dx, dy, rounds, ratio=None, index=4):

@@ -1,11 +1,12 @@
 """Processes of one host, if need be in a network of their own with a slow link."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from cases import printed
 
 HERE = Path(__file__).resolve().parent
 MTU = 1500
@@ -40,14 +41,4 @@ def launched(
     command += ["--devices", str(devices), str(HERE / worker), json.dumps(case)]
     if namespace:
         command = isolated(command, rate)
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    found = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths},
-        check=False,
-    )
-    if found.returncode:
-        raise SystemExit(f"This case ended with status {found.returncode}: {case}")
-    return json.loads(found.stdout.splitlines()[-1])
+    return printed(command, case)

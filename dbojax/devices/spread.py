@@ -160,23 +160,20 @@ def _mix(mix: Mix, mesh) -> Mix:
     def flow(v: Tree, decode=None) -> Tree:
         return total(v, weights, apart=True, decode=decode)
 
-    return mix._replace(
-        apply=apply,
-        exchange=_exchange(table, mesh),
-        flow=flow,
-        lift=lift(mesh),
-        local=False,
-    )
+    return _apart(mix, table, mesh, apply, flow)
 
 
-def _exchange(table, mesh):
+def _apart(mix, table, mesh, apply, flow) -> Mix:
+    """A mix whose nodes see of one another what travels."""
     taken = moves(table, len(table), mesh).with_heard(_rows)
 
     def exchange(payload):
         trees.check_nodes(payload, len(table), "payload")
         return taken(payload)
 
-    return exchange
+    return mix._replace(
+        apply=apply, exchange=exchange, flow=flow, lift=lift(mesh), local=False
+    )
 
 
 def _mean(mix: Mix, mesh) -> Mix:
@@ -229,13 +226,7 @@ def _mean(mix: Mix, mesh) -> Mix:
     def flow(v: Tree, decode=None) -> Tree:
         return cheaper(flow_of_all, flow_of_sums, v, decode, jax.P(AXIS))
 
-    return mix._replace(
-        apply=apply,
-        exchange=_exchange(table, mesh),
-        flow=flow,
-        lift=lift(mesh),
-        local=False,
-    )
+    return _apart(mix, table, mesh, apply, flow)
 
 
 def _network(network: Network, mesh) -> Network:
