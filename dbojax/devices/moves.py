@@ -83,7 +83,8 @@ def over_nodes(f: Callable, mesh: jax.sharding.Mesh, to=_NODES) -> Callable:
 
 def lift(mesh: jax.sharding.Mesh) -> Callable[[Callable], Callable]:
     """``f`` on one node -> ``f`` on all nodes, each device at work on its own."""
-    # Left to the compiler, a mapped `top_k` would first bring all rows together.
+    # A compiler may bring all rows together first, e.g. for convolutions with kernels
+    # of their own.
     return lambda f: over_nodes(jax.vmap(f), mesh)
 
 
