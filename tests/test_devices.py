@@ -9,6 +9,7 @@ import pytest
 import dbojax as dbo
 
 D = dbo.devices
+EXPLICIT = jax.sharding.AxisType.Explicit
 
 
 def held(array):
@@ -101,12 +102,33 @@ def test_load_refuses_nodes_of_unlike_shapes():
         D.load(lambda node: np.ones(1 + node // 2), 4, D.mesh(4))
 
 
+def test_runs_of_a_sweep_stay_in_front():
+    mesh = D.mesh(8)
+    tree = {"x": jnp.arange(48.0).reshape(3, 8, 2), "step": jnp.zeros(3)}
+    placed = D.place(tree, mesh, axis=1)
+    assert held(placed["x"])[5].shape == (3, 1, 2)
+    assert held(placed["step"])[5].shape == (3,)
+
+
+def test_what_is_placed_does_not_follow_the_memory_it_came_from():
+    mesh = D.mesh(8)
+    for shape in ((8, 1024), (8, 64)):
+        rows = np.ones(shape)
+        placed = D.place({"x": rows, "same": np.ones(64)}, mesh)
+        rows[:] = 7
+        assert float(placed["x"].max()) == 1
+
+
 def test_what_does_not_fit_the_mesh_is_refused():
     mesh = D.mesh(8)
     with pytest.raises(ValueError, match="6 nodes need a mesh with an axis 'nodes'"):
         D.place(jnp.ones((6, 2)), mesh)
     with pytest.raises(ValueError, match=r"Write `place\(tree, mesh, n\)`"):
         D.place(jnp.ones(()), mesh)
+    with pytest.raises(ValueError, match="if 1 is not the number of nodes, since"):
+        D.place(jnp.ones((1, 2)), mesh)
+    with pytest.raises(ValueError, match=r"must be of type Auto, got \w*\.?Explicit"):
+        D.place(jnp.ones((8, 2)), jax.make_mesh((8,), ("nodes",), (EXPLICIT,)))
     other = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(ValueError, match="axis 'nodes' whose length divides 4; got"):
         D.load(lambda node: np.ones(1), 4, other)
@@ -126,11 +148,9 @@ def test_a_start_is_never_held_by_one_device(monkeypatch):
     )
     x, y = dbo.replicate(task.x0, 8), dbo.replicate(task.y0, 8)
     state = D.init(method, task.x0, task.y0, mesh, n=8)
-    assert D.init(method, x, y, mesh) is not state
-    for a, b in zip(
-        jax.tree.leaves(state), jax.tree.leaves(method.init(x, y)), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    plain = method.init(x, y)
+    for placed in (state, D.init(method, x, y, mesh)):
+        jax.tree.map(np.testing.assert_array_equal, placed, plain)
     assert all(len(part) == 1 for part in held(state.y).values())
 
 

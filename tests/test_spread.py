@@ -128,6 +128,140 @@ def test_left_to_the_compiler_dense_rows_cross():
     assert sent["spread"] < sent["plain"] / 4
 
 
+MANY = {
+    "neighbours": dbo.mixing.mixer(GRAPHS["erdos_renyi"]),
+    "more than are written out": dbo.mixing.neighbours(
+        T.metropolis(T.erdos_renyi(24, 0.9, seed=1))
+    ),
+    "mean": dbo.mixing.averaging(N),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_exchanges_can_be_differentiated(name):
+    """Gradients follow what travels: the transposed matrix, on any devices."""
+    plain = MANY[name]
+    n = len(plain.heard)
+    w = np.zeros((n, n))
+    np.add.at(w, (np.arange(n)[:, None], plain.heard), np.asarray(plain.weights))
+    mesh = D.mesh(n)
+    mix = D.spread(plain, mesh)
+    u, v = np.random.default_rng(1).normal(size=(2, n, 3))
+
+    @jax.jit
+    def slopes(v, u):
+        out, pull = jax.vjp(lambda v: (mix.apply(v), mix.flow(v), mix.exchange(v)), v)
+        _, push = jax.jvp(lambda v: mix.apply(v), (v,), (u,))
+        ones = jax.tree.map(jnp.ones_like, out)
+        back = pull((u, 2 * u, ones[2]))[0]
+        return out, push, back
+
+    (mixed, moved, heard), push, back = slopes(*D.place((v, u), mesh))
+    np.testing.assert_allclose(mixed, w @ v, atol=1e-13)
+    np.testing.assert_allclose(moved, w @ v - v, atol=1e-13)
+    np.testing.assert_array_equal(heard, v[np.asarray(plain.heard)])
+    np.testing.assert_allclose(push, w @ u, atol=1e-13)
+    times = np.bincount(np.asarray(plain.heard).ravel(), minlength=n)[:, None]
+    expected = w.T @ u + 2 * (w.T @ u - u) + times
+    np.testing.assert_allclose(back, expected, atol=1e-12)
+
+
+def test_an_exchange_takes_leaves_of_every_kind():
+    mesh = D.mesh(N)
+    mix = D.spread(dbo.mixing.mixer(GRAPHS["torus"]), mesh)
+    draws = np.random.default_rng(0).normal(size=(N, 3))
+    tree = {
+        "complex": draws + 1j * draws[::-1],
+        "bool": draws > 0,
+        "short": draws.astype(jnp.bfloat16),
+        "none of it": draws[:, :0],
+        "scalar": draws[:, 0],
+        "int": draws.astype(np.int16),
+    }
+    heard = jax.jit(mix.exchange)(D.place(tree, mesh))
+    table = np.asarray(mix.heard)
+    for name, leaf in tree.items():
+        np.testing.assert_array_equal(heard[name], leaf[table], err_msg=name)
+
+
+def test_equal_short_floats_stay_equal():
+    mesh, w = D.mesh(N), T.metropolis(T.erdos_renyi(N, 0.5, seed=2))
+    mix = D.spread(dbo.mixing.mixer(w), mesh)
+    v = D.place(jnp.full((N, 5), 1.3, jnp.bfloat16), mesh)
+    again = jax.jit(lambda v: jax.lax.fori_loop(0, 100, lambda _, v: mix.apply(v), v))
+    np.testing.assert_array_equal(again(v), v)
+
+
+def _bytes(channel, mesh, n, step="send"):
+    """What one exchange sends, by the program and by the meter."""
+    v = start(n, mesh, np.float32)
+    state = D.place(jax.jit(channel.init)(v), mesh, n)
+    exchange = jax.jit(getattr(channel, step))
+    arguments = jax.random.key(0), v, state
+    traffic = jax.eval_shape(exchange, *arguments)[-1]
+    return D.wire(exchange.lower(*arguments).compile()), traffic
+
+
+def test_links_that_are_not_in_turn_carry_nothing():
+    mesh = D.mesh(8)
+    turns = dbo.networks.sequence(T.one_peer_exponential(8))
+    pairs = dbo.networks.sequence(T.random_matchings(T.complete(8), steps=3, seed=0))
+    for network, make in (
+        (turns, C.changing),
+        (turns, C.push),
+        (pairs, lambda n: C.changing_reference_point(n, dbo.compressors.top_k(4), 0.3)),
+    ):
+        sent, traffic = _bytes(make(D.spread(network, mesh)), mesh, 8)
+        assert sent == {"collective-permute": traffic.total}
+        assert traffic.total == traffic.message * 8
+    assert D.crossings(turns, mesh) == 8
+
+
+@pytest.mark.parametrize("step", ["send", "flow"])
+@pytest.mark.parametrize("make", [C.reference_point, C.error_feedback])
+def test_payloads_alone_cross_on_the_complete_graph(make, step):
+    mesh = D.mesh(8)
+    mean = D.spread(dbo.mixing.averaging(8), mesh)
+    sent, traffic = _bytes(make(mean, dbo.compressors.top_k(4), 0.3), mesh, 8, step)
+    assert sent == {"all-gather": traffic.total}
+
+
+def test_a_network_of_one_node():
+    mesh = D.mesh(1)
+    channel = C.changing(D.spread(dbo.networks.fixed(np.ones((1, 1))), mesh))
+    v = jnp.ones((1, 3))
+    held, _, _ = channel.send(jax.random.key(0), v, channel.init(v))
+    np.testing.assert_array_equal(held, v)
+
+
+def test_nodes_compute_where_they_live():
+    """Left to the compiler, convolutions with kernels of one's own would not."""
+    mesh, images = D.mesh(8), (2, 6, 6, 1)
+    mix = dbo.mixing.mixer(graph("ring", 8))
+    spread = D.spread(mix, mesh)
+
+    def loss(kernel, batch):
+        out = jax.lax.conv_general_dilated(
+            batch, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.mean((out - 1) ** 2)
+
+    problem = dbo.Problem(
+        upper=lambda x, y, batch: loss(y, batch) + jnp.sum(x**2),
+        lower=lambda x, y, batch: loss(y, batch) + jnp.sum(jnp.exp(x) * y**2),
+    )
+    method = dbo.algorithms.d_soba(
+        problem, channel=C.exact(spread), upper_step=0.1, lower_step=0.1
+    )
+    state = D.init(method, jnp.zeros(()), jnp.ones((3, 3, 1, 2)), mesh, n=8)
+    batch = D.place(jnp.ones((8, *images)), mesh)
+    step = jax.jit(lambda *arguments: method.step(*arguments)[0])
+    arguments = jax.random.key(0), state, batch
+    traffic = jax.eval_shape(method.step, *arguments)[1].traffic
+    sent = D.wire(step.lower(*arguments).compile())
+    assert sent == {"collective-permute": traffic.total}
+
+
 def test_a_mix_is_spread_once():
     mesh = D.mesh(N)
     mix = D.spread(dbo.mixing.mixer(GRAPHS["ring"]), mesh)

@@ -82,6 +82,16 @@ def test_a_loop_of_unknown_length_is_refused():
         sent(until)
 
 
+def test_a_condition_counts_with_its_loop():
+    def until(v):
+        return jax.lax.while_loop(
+            lambda v: jax.lax.psum(v.sum(), "nodes") > 1, lambda v: v / 2, v
+        )
+
+    with pytest.raises(ValueError, match="does not tell how often it runs"):
+        sent(until)
+
+
 HEAD = "ENTRY %main (p: f32[6]) -> f32[6] {\n"
 
 
@@ -107,6 +117,11 @@ HEAD = "ENTRY %main (p: f32[6]) -> f32[6] {\n"
             {"all-gather": 2 * 3 * 4},
         ),
         (
+            "%s = (f32[8,6]{1,0}, f32[1,6]{1,0}) reduce-scatter-start(%p), "
+            "replica_groups=[1,8]<=[8]",
+            {"reduce-scatter": 8 * 7 * ROW},
+        ),
+        (
             "%s = f32[6]{0} reduce-scatter(%p), replica_groups=[1,8]<=[8]",
             {"reduce-scatter": 8 * 7 * ROW},
         ),
@@ -121,6 +136,12 @@ def test_a_line_that_does_not_tell_its_groups_is_refused():
     text = HEAD + "  %s = f32[6]{0} all-reduce(%p), to_apply=%add\n}\n"
     with pytest.raises(ValueError, match="does not tell its groups"):
         dbo.devices.wire(SimpleNamespace(as_text=lambda: text))
+
+
+def test_what_is_not_compiled_is_refused():
+    lowered = jax.jit(jnp.cumsum).lower(jnp.ones(4))
+    with pytest.raises(ValueError, match="`wire` reads compiled programs"):
+        dbo.devices.wire(lowered)
 
 
 def test_nothing_travels_on_one_device():

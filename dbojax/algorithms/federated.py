@@ -102,6 +102,9 @@ def federated(
 
     and leaves an entry that nobody holds as it is.
 
+    This simulates the server. On several devices it takes the same steps, but the
+    compiler brings the participants' data together: keep private data out of it.
+
     Args:
         problem: objectives of one client.
         oracle: makes directions for objectives, e.g. ``dbo.oracles.soba``. Its memory

@@ -34,8 +34,8 @@ def moves(index: np.ndarray, n: int, mesh: jax.sharding.Mesh) -> Moves:
     arrays that they are: by ``ppermute`` in rounds of partial permutations, or by
     ``all_gather`` where all devices ask for all rows.
     """
-    devices = n // check_divides(mesh, n)
-    plan = route(index, n, devices)
+    check_divides(mesh, n)
+    plan = route(index, n, mesh.shape[AXIS])
     # Along a further axis the leaves of one node may be spread: no piece is whole.
     travel = _in_one if mesh.axis_names == (AXIS,) else _by_leaf
     sends = [step.rows for step in plan.rounds]
