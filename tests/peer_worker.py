@@ -46,6 +46,7 @@ def main(rank, port, checkpoint, result):
             array.shape, rows, lambda index: array[index]
         )
     )
+    state = state._replace(key=dbo.devices.place(state.key, mesh, 8))
     opened, seen = [], {"digest": checkpoints.digest(state)}
     part = checkpoints._part
     checkpoints._part = lambda stack, path, name, total: (
@@ -58,7 +59,7 @@ def main(rank, port, checkpoint, result):
             os.kill(os.getpid(), signal.SIGKILL)
         return {"step_now": step}
 
-    def go(key):
+    def go(key, evaluate=evaluate):
         return dbo.run(
             noisy(),
             jax.random.key(key),
@@ -69,13 +70,17 @@ def main(rank, port, checkpoint, result):
             evaluate=evaluate,
             checkpoint=checkpoint,
             resume="auto",
-            progress=True,
+            progress=dbo.devices.is_first(),
         )
 
     try:
         go(rank)
     except ValueError as error:
         seen["disagree"] = str(error)
+    try:
+        go(7, evaluate if rank else None)
+    except ValueError as error:
+        seen["evaluate"] = str(error)
     try:
         go(7)
     except dbo.runner.PeerLostError as error:

@@ -1,5 +1,6 @@
 import functools
 import itertools
+import json
 import os
 
 import jax
@@ -110,7 +111,7 @@ def test_placed_leaves_return_to_their_devices(key, tmp_path):
 
 REFUSED = {
     "key": (dict(key=jax.random.key(8)), "another `key`.*Pass the same `key`"),
-    "start": (dict(begin=X + 1e-12), "another start .*values do not"),
+    "start": (dict(begin=X + 1e-12), "another start .*not.*Pass the same `state`"),
     "every": (dict(every=10), "every=5, this one has every=10.*Pass the same `every`"),
     "steps": (dict(steps=9), "at step 10, beyond num_steps=9"),
     "shape": (dict(begin=X[:, :2]), r"`state.x` as float64 \(4, 3\), expected.*\(4, 2"),
@@ -153,6 +154,26 @@ def test_another_structure_is_refused(tmp_path, change, message):
     dbo.checkpoints.save(tmp_path / "a", state)
     with pytest.raises(ValueError, match=message):
         dbo.checkpoints.load(tmp_path / "a", like=change(state))
+
+
+def test_counts_may_be_integers_of_numpy(key, path):
+    five = np.int64(5)
+    found = go(key, np.int64(18), path, every=five, measure=five)
+    assert found[1]["step"][-1] == 18
+    assert json.loads(np.load(path)["head"].tobytes())["meta"]["step"] == 18
+    assert go(key, 18, path)[1]["step"][-1] == 18
+
+
+def test_several_processes_never_write_to_one_file(key, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 12)
+    for index, refused in ((0, "run.npz"), (1, "run-0.npz"), (1, "run-11.npz")):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        with pytest.raises(
+            ValueError, match=rf"of 12, .*devices\.place.*-{index}\.npz"
+        ):
+            go(key, 5, tmp_path / refused)
+    go(key, 5, tmp_path / "run7-1.npz")
+    assert os.listdir(tmp_path) == ["run7-1.npz"]
 
 
 @pytest.mark.parametrize("folder", ["missing/run.npz", "."])
@@ -236,10 +257,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
 def test_left_over_files_of_killed_writers_are_removed_and_no_others(tmp_path):
     token = "0123456789abcdef"
-    (tmp_path / f".a.{token}.tmp").write_bytes(b"half")
     others = [f".a.b.{token}.tmp", ".a.tmp", f".ab.{token}.tmp", f".a.{token}.tmp~"]
-    for name in others:
-        (tmp_path / name).touch()
+    for name in [f".a.{token}.tmp", *others]:
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (0, 0))
+    # Somebody else may be writing this one at the moment.
+    others.append(f".a.{token[::-1]}.tmp")
+    (tmp_path / others[-1]).touch()
     dbo.checkpoints.save(tmp_path / "a", jnp.ones(3))
     assert sorted(os.listdir(tmp_path)) == sorted(["a", *others])
 

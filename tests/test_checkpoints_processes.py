@@ -48,6 +48,7 @@ def test_a_killed_process_costs_one_chunk_and_the_run_goes_on_in_one(tmp_path):
     assert f"run.npz, stands at step {STEPS - EVERY}." in seen["lost"]
     assert 'resume="auto"' in seen["lost"]
     assert "need the same `key`" in seen["disagree"]
+    assert "need the same `evaluate`" in seen["evaluate"]
     # Only the first process shows its progress, and it read its own part alone.
     assert ["step/s" in text or "s/step" in text for text in errors] == [True, False]
     assert seen["step"] == STEPS - EVERY

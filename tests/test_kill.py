@@ -113,6 +113,9 @@ def test_twenty_kills_do_not_change_a_bit(server, tmp_path):
     assert phases.count(BEGIN) >= 1
     assert torn >= 1
 
+    for left in folder.glob(".*.tmp"):
+        # Half a file may be somebody's who still writes, until it is an hour old.
+        os.utime(left, (0, 0))
     assert Child(server, checkpoint, tmp_path / "found.npz", phase).wait() == 0
     assert sorted(os.listdir(folder)) == ["run.npz", "run.npz.previous"]
     assert read(tmp_path / "found.npz") == read(tmp_path / "expected.npz")

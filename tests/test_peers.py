@@ -46,6 +46,32 @@ def test_other_errors_pass_unchanged(text):
     assert caught.value.__cause__ is None
 
 
+SETTINGS = {
+    "key": "Make it in the same way everywhere",
+    "evaluate": "in all of them or in none: not `... if dbo.devices.is_first()",
+    "checkpoint": "in all of them or in none: not `... if dbo.devices.is_first()",
+    "batches": "the same kind everywhere, e.g. `from_host",
+    "stop_on_nonfinite": "Pass one value everywhere",
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_differs_among_processes_is_named(name):
+    # Of another process that was told the same things but one.
+    others = []
+
+    def gather(words):
+        others.append(peers.padded(words))
+        return np.stack(others)
+
+    two = peers.Peers(size=2, gather=gather)
+    same = dict.fromkeys([*SETTINGS, "a", "b", "c", "d"], True)
+    peers.agree(two, **same)
+    with pytest.raises(ValueError, match=f"need the same `{name}`.*") as caught:
+        peers.agree(two, **same | {name: False})
+    assert SETTINGS[name] in str(caught.value)
+
+
 def test_an_error_on_one_device_does_not_wait_for_the_others():
     def fail():
         raise ValueError("this device noticed")

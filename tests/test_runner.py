@@ -14,6 +14,7 @@ from runner_methods import CALLS, TRAFFIC, exploding, noisy, sampler, start
 
 import dbojax as dbo
 from dbojax.base import Consensus
+from dbojax.runner import peers
 
 
 @pytest.fixture
@@ -444,6 +445,76 @@ def test_progress_shows_the_loss_and_what_was_sent(key, x, batch, capsys):
     assert "4/4" in shown
     assert "loss=" in shown
     assert f"MB={4 * TRAFFIC.total / 1e6:.4g}" in shown
+
+
+def asking(monkeypatch, others):
+    """Let `run` believe in a second process, which tells it ``others(words)``."""
+    asked = []
+
+    def gather(words):
+        asked.append(words)
+        return np.stack([peers.padded(row) for row in (words, others(words))])
+
+    two = peers.Peers(size=2, gather=gather)
+    monkeypatch.setattr("dbojax.runner.loop.peers_of", lambda state: two)
+    monkeypatch.setattr("dbojax.runner.program.wait", jax.block_until_ready)
+    monkeypatch.setattr("dbojax.runner.loop._UNDISTURBED", 1000)
+    return asked
+
+
+@pytest.mark.parametrize("mine", [False, True])
+def test_processes_agree_on_chunks_where_one_shows_progress(
+    key, x, batch, monkeypatch, mine
+):
+    def others(words):
+        return ~words if words.dtype == bool else words
+
+    asking(monkeypatch, others)
+    _, history = dbo.run(noisy(), key, start(x), batch, 4, every=2, progress=mine)
+    assert len(np.unique(np.diff(history["seconds"], prepend=0.0).round(12))) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(evaluate=lambda state: {}),
+        dict(checkpoint="run.npz"),
+        dict(stop_on_nonfinite=False),
+        dict(batches=dbo.from_host(lambda step: np.ones((4, 3)))),
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_decides_the_program_is_compared_among_processes(
+    key, x, batch, monkeypatch, change
+):
+    def told(**settings):
+        asked = asking(monkeypatch, lambda words: np.ones_like(words))
+        settings = {"batches": batch, **settings}
+        with pytest.raises(ValueError, match="All processes of a run need the same"):
+            dbo.run(noisy(), key, start(x), num_steps=4, **settings)
+        return asked[0].tolist()
+
+    assert told() != told(**change)
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [(None, "There is no checkpoint of it"), ("run.npz", "not been looked for yet")],
+)
+def test_a_loss_before_the_first_step_claims_nothing(
+    key, x, batch, monkeypatch, path, sentence
+):
+    def lost(words):
+        raise ValueError("Gloo AllGather failed: Connection closed by peer")
+
+    asking(monkeypatch, lost)
+    with pytest.raises(dbo.runner.PeerLostError, match=sentence):
+        dbo.run(noisy(), key, start(x), batch, 4, checkpoint=path)
+
+
+def test_names_of_scores_are_strings(key, x, batch):
+    with pytest.raises(TypeError, match=r"scores by strings, got 3\. Write .*score_3"):
+        dbo.run(noisy(), key, start(x), batch, 2, evaluate=lambda state: {3: 1.0})
 
 
 def test_progress_without_tqdm_says_what_to_install(key, x, batch, monkeypatch):

@@ -29,7 +29,7 @@ class DamagedError(ValueError):
 
 
 class DamagedWarning(RuntimeWarning):
-    """A run goes on from the older checkpoint, since the newer one is damaged."""
+    """A run goes on from the older checkpoint: the newer one is damaged, or gone."""
 
 
 class Saved(NamedTuple):
@@ -57,7 +57,9 @@ def save(
     with one ``path`` in a folder that all share. Each writes what its devices hold into
     a part beside ``path``, copies once only; when all parts are on the disk, the first
     process writes the file that lists them with their sha256, and removes the parts
-    that neither it nor the previous one lists. Nothing is gathered.
+    that neither it nor the previous one lists. Nothing is gathered. A copy beside
+    ``path`` would lose its parts that way: to keep a checkpoint, copy the file and its
+    parts, ``path + ".*"``, into another folder, under the same names.
 
     Args:
         path: where to; its folder must exist.
@@ -233,8 +235,8 @@ def _opened(stack: contextlib.ExitStack, path: Path):
     if found.encode() != file.read():
         raise DamagedError(
             f"The checkpoint {path} is damaged or no checkpoint: its {length} bytes do "
-            "not match their checksum, and nothing was read. Restore a copy, or delete "
-            "the file to start afresh."
+            "not match their checksum, and nothing was read. Restore a copy, or "
+            f"{files.afresh(path)}."
         )
     return _archive(stack, file)
 
@@ -270,18 +272,17 @@ def _whole(archive, i: int):
 
 
 def _part(stack: contextlib.ExitStack, path: Path, name: str, total: str):
-    place = path.with_name(name)
-    if not place.exists():
+    try:
+        file = stack.enter_context(path.with_name(name).open("rb"))
+    except FileNotFoundError as error:
         raise DamagedError(
             f"The checkpoint {path} is damaged: its part {name} is missing. Put it "
-            "back beside it, or delete the checkpoint to start afresh."
-        )
-    file = stack.enter_context(place.open("rb"))
+            f"back beside it, or {files.afresh(path)}."
+        ) from error
     if files.digest(file) != total:
         raise DamagedError(
             f"The checkpoint {path} is damaged: the bytes of its part {name} do not "
-            "match their checksum. Restore a copy, or delete the checkpoint to start "
-            "afresh."
+            f"match their checksum. Restore a copy, or {files.afresh(path)}."
         )
     return _archive(stack, file)
 

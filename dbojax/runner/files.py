@@ -7,16 +7,24 @@ import hashlib
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+_YOUNG = 3600  # seconds for which a temporary file may be another writer's
 _PART = r"\.\d+\.part-\d{5}-of-\d{5}-[0-9a-f]{16}"
 
 
 def previous(path: Path) -> Path:
     """Where the generation before the one at ``path`` is kept."""
     return path.with_name(path.name + ".previous")
+
+
+def afresh(path: Path) -> str:
+    """What to do to start afresh; ``path`` may be of either generation."""
+    newest = path.with_name(path.name.removesuffix(".previous"))
+    return f"delete {newest} and {previous(newest)} to start afresh"
 
 
 def part_name(path: Path, step: int, rank: int, size: int, total: str) -> str:
@@ -69,10 +77,18 @@ def _temporary_name(path: Path) -> Path:
 
 
 def remove_stale(path: Path) -> None:
-    """Remove what killed writers left half written."""
+    """Remove what killed writers left half written, an hour ago or earlier."""
     # The length of the token keeps files of other names safe.
     pattern = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.tmp")
-    remove(path.parent, (name for name in _names(path) if pattern.fullmatch(name)))
+    found = (name for name in _names(path) if pattern.fullmatch(name))
+    remove(path.parent, (name for name in found if _is_old(path.with_name(name))))
+
+
+def _is_old(path: Path) -> bool:
+    # Of a file that is gone by now, nothing has to be removed.
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime > _YOUNG
+    return False
 
 
 def parts(path: Path) -> set[str]:

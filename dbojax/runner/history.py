@@ -177,8 +177,15 @@ def scored(chunk: Chunk, scores: Mapping[str, Any], before: Mapping[str, Any]) -
     """Add what ``evaluate`` returned; ``before`` has the scores of earlier chunks.
 
     Raises:
+        TypeError: if a name is no string.
         ValueError: if a score would hide a column of the run, or changes its shape.
     """
+    for name in scores:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"`evaluate` must name its scores by strings, got {name!r}. Write "
+                f'e.g. `"score_{name}"`.'
+            )
     values = {name: np.array(score, float) for name, score in scores.items()}
     measured = (name.replace(".", "_") for name in quantities(chunk.metrics))
     taken = {"step", "seconds", FLAG, *measured, *per_step(chunk.metrics)}

@@ -82,19 +82,26 @@ def run(
             scores by name. It must copy what it keeps, since the next chunk reuses
             the memory of the state. Every process calls it, and gets the same scores.
         every: steps per chunk; a thousand at least where the host has nothing to do in
-            between (no ``evaluate``, ``checkpoint``, ``progress`` or host batches).
+            between (no ``evaluate``, ``checkpoint``, host batches, or ``progress`` in
+            any process).
         measure: take the metrics of every so manieth step alone, counted from 1; the
             others are NaN in the history. Their means over the nodes are the one thing
             that a compressed method on several devices sends in full.
         checkpoint: a file to write at each chunk's end and to resume from, on whatever
             devices or processes; the one before is kept as ``checkpoint +
-            ".previous"``. Method, batches and ``evaluate`` are not in it: pass the
-            same ones again. Several processes need a folder that all of them share, in
-            which each writes its own part beside the file.
+            ".previous"``: to start afresh, delete both. Method, batches and
+            ``evaluate`` are not in it: pass the same ones again. Several processes
+            need a folder that all of them share, in which each writes its own part
+            beside the file; to keep a copy, copy the file and its parts,
+            ``checkpoint + ".*"``, into another folder. Where each of several processes
+            has a run of its own, the last number in the file's name must be
+            ``jax.process_index()``, so that no two write to one file.
         resume: whether to go on from an existing checkpoint; if not, an existing one
             is refused, never overwritten. True refuses a damaged one; ``"auto"`` warns
-            and takes the older one in its place.
-        progress: whether the first process shows a bar; needs tqdm.
+            and takes the older one in its place. Where only the older one is left, both
+            warn and go on from it.
+        progress: whether the first process shows a bar; needs tqdm. It may differ among
+            the processes.
         stop_on_nonfinite: whether to stop at NaN and infinities; if not, e.g. in a
             sweep some of whose runs diverge, they are recorded.
 
@@ -126,16 +133,26 @@ def run(
         >>> state.tolist(), int(history["total_bytes"][-1])
         ([1.0, 1.0], 960)
     """
-    _check_counts(num_steps=num_steps, every=every, measure=measure)
+    num_steps, every, measure = _counts(
+        num_steps=num_steps, every=every, measure=measure
+    )
     feed, state = feeds.feed(batches), own(state)
-    peers, file, stands = peers_of(state), None, 0
-    with watched(lambda: _left(file, stands)):
-        settings = {"num_steps": num_steps, "every": every, "measure": measure}
-        _check_start(
-            state, key, peers, stop_on_nonfinite, settings | {"resume": resume}
-        )
+    peers, file, stands = peers_of(state), None, None
+    with watched(lambda: _left(checkpoint, stands)):
+        settings = {
+            "num_steps": num_steps,
+            "every": every,
+            "measure": measure,
+            "resume": resume,
+            "stop_on_nonfinite": bool(stop_on_nonfinite),
+            "evaluate": evaluate is not None,
+            "checkpoint": checkpoint is not None,
+            "batches": [feed.on_host, feed.replayable],
+        }
+        _check_start(state, key, peers, stop_on_nonfinite, settings)
         file = file_of(checkpoint, feed, key, state, every, peers)
-        if evaluate is None and file is None and not (progress or feed.on_host):
+        looks = evaluate is not None or file is not None or feed.on_host
+        if not (looks or peers.gather(np.array([bool(progress)]))[:, 0].any()):
             every = max(every, _UNDISTURBED)
         done, state, before = begin(file, state, num_steps, resume)
         stands = done
@@ -163,19 +180,23 @@ def run(
     return state, History(rows, program.compile_seconds)
 
 
-def _left(file: File | None, step: int) -> str:
-    if file is None or not step:
+def _left(path, step: int | None) -> str:
+    if path is not None and step is None:
+        return f"Its checkpoint, {path}, had not been looked for yet."
+    if not step:
         return "There is no checkpoint of it."
-    return f"The last checkpoint, {file.path}, stands at step {step}."
+    return f"The last checkpoint, {path}, stands at step {step}."
 
 
-def _check_counts(**counts: int) -> None:
+def _counts(**counts: int) -> list[int]:
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int | np.integer):
             kind = type(count).__name__
             raise ValueError(f"`{name}` counts steps: expected an int, got {kind}.")
         if count < 1:
             raise ValueError(f"`run` needs {name} >= 1, got {name}={count}.")
+    # JSON, into which they go, knows no integers of NumPy.
+    return [int(count) for count in counts.values()]
 
 
 def _check_start(state: State, key, peers: Peers, stop: bool, settings) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from dbojax.base import Tree
 
-WORDS = 16  # how many uint32 each process can tell the others at a time
+WORDS = 32  # how many uint32 each process can tell the others at a time
 
 # What XLA says of a process that cannot be reached; its other errors pass unchanged.
 _LOST = re.compile(
@@ -25,6 +25,16 @@ _LOST = re.compile(
     r"|remote process exited or there was a network error",
     re.DOTALL | re.IGNORECASE,
 )
+
+_PASS = (
+    "Pass it in all of them or in none: not `... if dbo.devices.is_first() else None`."
+)
+_ADVICE = {
+    "key": "Make it in the same way everywhere, e.g. `jax.random.key(0)`.",
+    "evaluate": _PASS,
+    "checkpoint": _PASS,
+    "batches": "Pass the same kind everywhere, e.g. `from_host(batch_at)`.",
+}
 
 
 class PeerLostError(ConnectionError):
@@ -140,7 +150,7 @@ def agree(peers: Peers, **values) -> None:
         if (told != told[0])[:, 3 * i : 3 * i + 3].any():
             raise ValueError(
                 f"All processes of a run need the same `{name}`, but it differs among "
-                "them. Make it in the same way everywhere, e.g. `jax.random.key(0)`."
+                f"them. {_ADVICE.get(name, 'Pass one value everywhere.')}"
             )
 
 

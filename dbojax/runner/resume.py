@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from dbojax.base import State
@@ -14,7 +16,7 @@ from dbojax.runner import checkpoints, feeds, files, history
 from dbojax.runner.checkpoints import DamagedError, DamagedWarning, Saved
 from dbojax.runner.peers import Peers
 
-_ABSENT, _INTACT, _DAMAGED, _FOREIGN = range(4)
+_ABSENT, _INTACT, _DAMAGED, _FOREIGN, _UNREAD = range(5)
 
 
 class File(NamedTuple):
@@ -36,7 +38,7 @@ class _Found(NamedTuple):
     path: Path
     kind: int
     saved: Saved | None = None
-    error: ValueError | None = None
+    error: ValueError | OSError | None = None
 
 
 def file_of(checkpoint, feed: feeds.Feed, key, state, every: int, peers: Peers):
@@ -59,9 +61,25 @@ def file_of(checkpoint, feed: feeds.Feed, key, state, every: int, peers: Peers):
             f"`checkpoint` must name a file in an existing folder, got {path}. "
             "Make the folder first."
         )
+    if peers.size == 1 < jax.process_count():
+        _check_own(path)
     start = checkpoints.digest(state, peers)
-    meta = {"key": checkpoints.digest(key), "start": start, "every": int(every)}
+    meta = {"key": checkpoints.digest(key), "start": start, "every": every}
     return File(path, meta, peers)
+
+
+def _check_own(path: Path) -> None:
+    # Nobody can be asked: the others may be in no run, or in another one. But no two
+    # processes have one number, so that no two of them get past this with one file.
+    index = jax.process_index()
+    if [int(number) for number in re.findall(r"\d+", path.stem)][-1:] != [index]:
+        raise ValueError(
+            f"The state is this process's alone, one of {jax.process_count()}, and the "
+            f"others could write to the same `checkpoint`, {path}. Place the state on "
+            "a mesh of all with `dbo.devices.place`; or, if each has a run of its own, "
+            f"end the name with `jax.process_index()`, e.g. "
+            f"{path.with_stem(f'{path.stem}-{index}')}."
+        )
 
 
 def begin(file: File | None, state: State, num_steps: int, resume: bool | str):
@@ -96,6 +114,14 @@ def _newest(file: File, state: State, resume: bool | str) -> _Found:
         # Where hard links are unknown, a kill can leave the previous one alone.
         if older.kind in (_FOREIGN, _DAMAGED):
             raise older.error or _not_mine(older)
+        if older.saved is not None and file.peers.rank == 0:
+            warnings.warn(
+                f"The checkpoint {newest.path} is gone: the run goes on from the older "
+                f"one, {older.path}, at step {older.saved.meta['step']}; to start "
+                "afresh, delete that too.",
+                DamagedWarning,
+                stacklevel=4,
+            )
         return older
     return _older(file, newest, older, resume)
 
@@ -107,7 +133,8 @@ def _refused(file: File) -> _Found:
         if exists:
             raise ValueError(
                 f"The checkpoint {path} exists and would be overwritten. Pass "
-                "`resume=True` to go on from it, or another path, or delete it."
+                "`resume=True` to go on from it, or another path, or "
+                f"{files.afresh(path)}."
             )
     return _Found(file.path, _ABSENT)
 
@@ -128,7 +155,7 @@ def _older(file: File, newest: _Found, older: _Found, resume: bool | str) -> _Fo
         also = f", and so is {older.path}" if older.kind == _DAMAGED else ""
         raise DamagedError(
             f"No checkpoint of this run is intact: {newest.path} is damaged{also}. "
-            "Restore a copy, or delete what is left to start afresh."
+            f"{newest.error or _not_mine(newest)}"
         )
     if file.peers.rank == 0:
         # Else the next save would keep the damaged one in place of the intact one.
@@ -150,6 +177,8 @@ def _look(file: File, path: Path, state: State) -> _Found:
     told = file.peers.gather(np.array([mine.kind, step], np.uint32))
     kinds, steps = told[:, 0], told[:, 1]
     worst = int(kinds.max())
+    if worst == _UNREAD:
+        raise mine.error or _unread(path, "another process met an error")
     if worst in (_DAMAGED, _FOREIGN):
         return mine if mine.kind == worst else _Found(path, worst)
     if len(np.unique(kinds)) > 1 or len(np.unique(steps)) > 1:
@@ -161,19 +190,26 @@ def _look(file: File, path: Path, state: State) -> _Found:
 
 
 def _read(file: File, path: Path, state: State) -> _Found:
-    if not path.exists():
-        return _Found(path, _ABSENT)
     try:
         saved = checkpoints.load(path, like=state)
         _check_same(path, file.meta, saved.meta)
+    except FileNotFoundError:
+        return _Found(path, _ABSENT)
     except DamagedError as error:
         return _Found(path, _DAMAGED, error=error)
     except ValueError as error:
         return _Found(path, _FOREIGN, error=error)
     except OSError as error:
-        text = f"The checkpoint {path} is damaged or cannot be read: {error}."
-        return _Found(path, _DAMAGED, error=DamagedError(text))
+        # The disk or the network says nothing of what was written: replace nothing.
+        return _Found(path, _UNREAD, error=_unread(path, str(error)))
     return _Found(path, _INTACT, saved)
+
+
+def _unread(path: Path, why: str) -> OSError:
+    return OSError(
+        f"The checkpoint {path} could not be read: {why}. Nothing was changed: start "
+        "again when it can be."
+    )
 
 
 def _not_mine(found: _Found) -> ValueError:
@@ -191,7 +227,8 @@ def _check_same(path: Path, wanted: dict[str, Any], meta: dict[str, Any]) -> Non
     }
     for name, text in texts.items():
         if meta.get(name) != wanted[name]:
+            argument = "state" if name == "start" else name
             raise ValueError(
                 f"The checkpoint {path} belongs to another run: {text}. Pass "
-                f"the same `{name}`, or another `checkpoint`."
+                f"the same `{argument}`, or another `checkpoint`."
             )
