@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 GRACE = 3.0  # seconds from SIGTERM to SIGKILL
+PAUSE, LONGEST = 0.5, 10.0  # seconds before the first restart, and before any
 # The kernel kills a child whose parent is gone (PR_SET_PDEATHSIG = 1), also if the
 # parent had no time to do it; asked for by the child, then it becomes the script.
 _TIED = (
@@ -53,7 +55,8 @@ def launch(
     Process 0 has the terminal; of the others, the lines on stderr are passed on with
     their number in front, and stdout is kept in ``logs`` or nowhere. As soon as one
     fails, the others are ended and a sentence says which it was; then all are started
-    again, if restarts are left. The script itself goes on from its checkpoint, with
+    again, if restarts are left, after half a second, then one, two, and so on up to
+    ten. The script itself goes on from its checkpoint, with
     ``dbo.run(..., checkpoint=..., resume="auto")``.
 
     Whatever ends the launcher ends the processes. Where it has no time for that
@@ -93,6 +96,8 @@ def launch(
             return failed.status if failed.status > 0 else 128 - failed.status
         attempt += 1
         _write(f"dbojax launch: {what}; restart {attempt} of {restarts}.")
+        with _signals():
+            time.sleep(min(PAUSE * 2.0 ** min(attempt - 1, 9), LONGEST))
 
 
 def _check(command, processes, devices, restarts, timeout) -> None:
@@ -103,7 +108,7 @@ def _check(command, processes, devices, restarts, timeout) -> None:
     ):
         if value is not None and value < least:
             raise ValueError(f"{flag} must be at least {least}, got {value}.")
-    if timeout is not None and not timeout > 0:
+    if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
         raise ValueError(f"--timeout is a number of seconds > 0, got {timeout}.")
     if command[0] != "-m" and not Path(command[0]).exists():
         raise ValueError(
@@ -123,6 +128,10 @@ def _environment(processes, devices, timeout) -> dict[str, str]:
         JAX_COORDINATOR_BIND_ADDRESS=address,  # no other host is expected
         DBOJAX_PROCESSES=str(processes),
     )
+    # gRPC would look for its own host through a proxy. What it reads in the absence of
+    # `no_grpc_proxy` is kept.
+    direct = found.get("no_grpc_proxy") or found.get("no_proxy")
+    found["no_grpc_proxy"] = ",".join(filter(None, (direct, "127.0.0.1")))
     # Or what a process has printed would be lost when it is killed.
     found.setdefault("PYTHONUNBUFFERED", "1")
     if devices is not None:
@@ -197,12 +206,19 @@ def _child(rank, command, environment, log: Path | None, ends) -> Child:
 
 
 def _pass_on(rank: int, process: subprocess.Popen, log: Path | None) -> None:
-    """Lines of stderr, with the number of the process in front."""
+    """Lines of stderr, with the number of the process in front.
+
+    They are read to the end, come what may: who writes into a closed pipe is killed.
+    """
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(log.open("ab", buffering=0)) if log else None
         for line in stack.enter_context(process.stderr or contextlib.nullcontext([])):
-            if file:
-                file.write(line)
+            try:
+                if file:
+                    file.write(line)
+            except OSError as error:
+                file = None
+                _write(f"dbojax launch: {log} gets no more lines of stderr: {error}.")
             text = line.decode(errors="replace").rstrip("\n")
             _write(f"[{rank}] {text}")
 
@@ -257,5 +273,6 @@ def _fate(status: int) -> str:
 
 
 def _write(line: str) -> None:
-    sys.stderr.write(line + "\n")  # in one piece, or threads would mix their lines
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk is no reason to end the run
+        sys.stderr.write(line + "\n")  # in one piece, or threads would mix their lines
+        sys.stderr.flush()
