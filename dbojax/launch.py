@@ -128,10 +128,11 @@ def _environment(processes, devices, timeout) -> dict[str, str]:
         JAX_COORDINATOR_BIND_ADDRESS=address,  # no other host is expected
         DBOJAX_PROCESSES=str(processes),
     )
-    # gRPC would look for its own host through a proxy. What it reads in the absence of
-    # `no_grpc_proxy` is kept.
-    direct = found.get("no_grpc_proxy") or found.get("no_proxy")
-    found["no_grpc_proxy"] = ",".join(filter(None, (direct, "127.0.0.1")))
+    if any(found.get(name) for name in ("grpc_proxy", "https_proxy", "http_proxy")):
+        # gRPC would go to this very host by the proxy. Without a variable of its own
+        # it reads the general one. (Where there is no proxy, JAX warns of the name.)
+        direct = found.get("no_grpc_proxy") or found.get("no_proxy")
+        found["no_grpc_proxy"] = ",".join(filter(None, (direct, "127.0.0.1")))
     # Or what a process has printed would be lost when it is killed.
     found.setdefault("PYTHONUNBUFFERED", "1")
     if devices is not None:

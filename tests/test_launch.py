@@ -191,6 +191,7 @@ def test_each_start_takes_a_port_of_its_own_and_shares_it(tmp_path, monkeypatch)
     monkeypatch.setattr(launch, "PAUSE", 0.01)
     monkeypatch.delenv("no_grpc_proxy", raising=False)
     monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert launch.launch(command, 2, devices=3, restarts=1, timeout=9) == 0
     first, second = ((tmp_path / f"seen_{i}").read_text().splitlines() for i in (0, 1))
     assert first[-1] == second[-1]
