@@ -188,40 +188,45 @@ def _child(rank, command, environment, log: Path | None, ends) -> Child:
     tied: list[Any] = [sys.executable]
     if sys.platform == "linux":
         tied += ["-I", "-S", "-c", _TIED, str(os.getpid())]
-    with contextlib.ExitStack() as stack:
-        out: Any = stack.enter_context(log.open("ab")) if log else subprocess.DEVNULL
-        process = subprocess.Popen(
-            [*tied, *command],
-            env=environment,
-            stdin=None if rank == 0 else subprocess.DEVNULL,
-            stdout=None if rank == 0 else out,
-            stderr=None if rank == 0 else subprocess.PIPE,
-        )
+    files = [log.open("ab", buffering=0) if log else None for _ in range(2)]
+    process = subprocess.Popen(
+        [*tied, *command],
+        env=environment,
+        stdin=None if rank == 0 else subprocess.DEVNULL,
+        # Not the file itself: a full disk would end the process.
+        stdout=None if rank == 0 else subprocess.PIPE if log else subprocess.DEVNULL,
+        stderr=None if rank == 0 else subprocess.PIPE,
+    )
     jobs = [lambda: ends.put(End(rank, process.wait()))]
-    if rank:
-        jobs.append(lambda: _pass_on(rank, process, log))
+    if process.stdout:
+        jobs.append(lambda: _pass_on(process.stdout, files[0], None))
+    if process.stderr:
+        jobs.append(lambda: _pass_on(process.stderr, files[1], rank))
     threads = tuple(threading.Thread(target=job, daemon=True) for job in jobs)
     for thread in threads:
         thread.start()
     return Child(process, threads)
 
 
-def _pass_on(rank: int, process: subprocess.Popen, log: Path | None) -> None:
-    """Lines of stderr, with the number of the process in front.
+def _pass_on(stream: Any, file: Any, rank: int | None) -> None:
+    """Lines to the file and, with the number of the process in front, on stderr.
 
     They are read to the end, come what may: who writes into a closed pipe is killed.
     """
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(log.open("ab", buffering=0)) if log else None
-        for line in stack.enter_context(process.stderr or contextlib.nullcontext([])):
+        stack.enter_context(stream)
+        if file:
+            stack.enter_context(file)
+        for line in stream:
             try:
                 if file:
                     file.write(line)
             except OSError as error:
+                _write(f"dbojax launch: {file.name} is no longer complete: {error}.")
                 file = None
-                _write(f"dbojax launch: {log} gets no more lines of stderr: {error}.")
-            text = line.decode(errors="replace").rstrip("\n")
-            _write(f"[{rank}] {text}")
+            if rank is not None:
+                text = line.decode(errors="replace").rstrip("\n")
+                _write(f"[{rank}] {text}")
 
 
 def _first_failure(running: tuple[list[Child], queue.SimpleQueue]) -> End | None:
