@@ -26,6 +26,8 @@ from dbojax import launch as launcher
 from dbojax.comparison import tables
 from dbojax.comparison.drive import Plan
 
+# `argparse` would take a `--` of the script's for its own; no argument has this byte.
+_DASHES = "\0"
 # Number of nodes -> mixing matrix.
 GRAPHS: dict[str, Callable[[int], np.ndarray]] = {
     "ring": lambda n: topology.metropolis(topology.ring(n)),
@@ -119,7 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: of the command line; None takes this process's.
     """
-    options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["launch"]:
+        given = [_DASHES if word == "--" else word for word in given]
+    options = parser().parse_args(given)
     try:
         if options.command == "launch":
             return launch(options)
@@ -132,7 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def launch(options: argparse.Namespace) -> int:
     """Run a script as several processes; the exit status."""
-    command = ["-m"] * options.module + [options.script, *options.arguments]
+    words = [options.script, *options.arguments]
+    words = ["--" if word == _DASHES else word for word in words]
+    command = ["-m"] * options.module + words[words[0] == "--" :]
     return launcher.launch(
         command,
         options.n,

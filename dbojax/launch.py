@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 GRACE = 3.0  # seconds from SIGTERM to SIGKILL
+PAUSE, LONGEST = 0.5, 10.0  # seconds before the first restart, and before any
 # The kernel kills a child whose parent is gone (PR_SET_PDEATHSIG = 1), also if the
 # parent had no time to do it; asked for by the child, then it becomes the script.
 _TIED = (
@@ -53,7 +55,8 @@ def launch(
     Process 0 has the terminal; of the others, the lines on stderr are passed on with
     their number in front, and stdout is kept in ``logs`` or nowhere. As soon as one
     fails, the others are ended and a sentence says which it was; then all are started
-    again, if restarts are left. The script itself goes on from its checkpoint, with
+    again, if restarts are left, after half a second, then one, two, and so on up to
+    ten. The script itself goes on from its checkpoint, with
     ``dbo.run(..., checkpoint=..., resume="auto")``.
 
     Whatever ends the launcher ends the processes. Where it has no time for that
@@ -93,6 +96,8 @@ def launch(
             return failed.status if failed.status > 0 else 128 - failed.status
         attempt += 1
         _write(f"dbojax launch: {what}; restart {attempt} of {restarts}.")
+        with _signals():
+            time.sleep(min(PAUSE * 2.0 ** min(attempt - 1, 9), LONGEST))
 
 
 def _check(command, processes, devices, restarts, timeout) -> None:
@@ -103,7 +108,7 @@ def _check(command, processes, devices, restarts, timeout) -> None:
     ):
         if value is not None and value < least:
             raise ValueError(f"{flag} must be at least {least}, got {value}.")
-    if timeout is not None and not timeout > 0:
+    if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
         raise ValueError(f"--timeout is a number of seconds > 0, got {timeout}.")
     if command[0] != "-m" and not Path(command[0]).exists():
         raise ValueError(
@@ -123,6 +128,11 @@ def _environment(processes, devices, timeout) -> dict[str, str]:
         JAX_COORDINATOR_BIND_ADDRESS=address,  # no other host is expected
         DBOJAX_PROCESSES=str(processes),
     )
+    if any(found.get(name) for name in ("grpc_proxy", "https_proxy", "http_proxy")):
+        # gRPC would go to this very host by the proxy. Without a variable of its own
+        # it reads the general one. (Where there is no proxy, JAX warns of the name.)
+        direct = found.get("no_grpc_proxy") or found.get("no_proxy")
+        found["no_grpc_proxy"] = ",".join(filter(None, (direct, "127.0.0.1")))
     # Or what a process has printed would be lost when it is killed.
     found.setdefault("PYTHONUNBUFFERED", "1")
     if devices is not None:
@@ -178,33 +188,45 @@ def _child(rank, command, environment, log: Path | None, ends) -> Child:
     tied: list[Any] = [sys.executable]
     if sys.platform == "linux":
         tied += ["-I", "-S", "-c", _TIED, str(os.getpid())]
-    with contextlib.ExitStack() as stack:
-        out: Any = stack.enter_context(log.open("ab")) if log else subprocess.DEVNULL
-        process = subprocess.Popen(
-            [*tied, *command],
-            env=environment,
-            stdin=None if rank == 0 else subprocess.DEVNULL,
-            stdout=None if rank == 0 else out,
-            stderr=None if rank == 0 else subprocess.PIPE,
-        )
+    files = [log.open("ab", buffering=0) if log else None for _ in range(2)]
+    process = subprocess.Popen(
+        [*tied, *command],
+        env=environment,
+        stdin=None if rank == 0 else subprocess.DEVNULL,
+        # Not the file itself: a full disk would end the process.
+        stdout=None if rank == 0 else subprocess.PIPE if log else subprocess.DEVNULL,
+        stderr=None if rank == 0 else subprocess.PIPE,
+    )
     jobs = [lambda: ends.put(End(rank, process.wait()))]
-    if rank:
-        jobs.append(lambda: _pass_on(rank, process, log))
+    if process.stdout:
+        jobs.append(lambda: _pass_on(process.stdout, files[0], None))
+    if process.stderr:
+        jobs.append(lambda: _pass_on(process.stderr, files[1], rank))
     threads = tuple(threading.Thread(target=job, daemon=True) for job in jobs)
     for thread in threads:
         thread.start()
     return Child(process, threads)
 
 
-def _pass_on(rank: int, process: subprocess.Popen, log: Path | None) -> None:
-    """Lines of stderr, with the number of the process in front."""
+def _pass_on(stream: Any, file: Any, rank: int | None) -> None:
+    """Lines to the file and, with the number of the process in front, on stderr.
+
+    They are read to the end, come what may: who writes into a closed pipe is killed.
+    """
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(log.open("ab", buffering=0)) if log else None
-        for line in stack.enter_context(process.stderr or contextlib.nullcontext([])):
-            if file:
-                file.write(line)
-            text = line.decode(errors="replace").rstrip("\n")
-            _write(f"[{rank}] {text}")
+        stack.enter_context(stream)
+        if file:
+            stack.enter_context(file)
+        for line in stream:
+            try:
+                if file:
+                    file.write(line)
+            except OSError as error:
+                _write(f"dbojax launch: {file.name} is no longer complete: {error}.")
+                file = None
+            if rank is not None:
+                text = line.decode(errors="replace").rstrip("\n")
+                _write(f"[{rank}] {text}")
 
 
 def _first_failure(running: tuple[list[Child], queue.SimpleQueue]) -> End | None:
@@ -257,5 +279,6 @@ def _fate(status: int) -> str:
 
 
 def _write(line: str) -> None:
-    sys.stderr.write(line + "\n")  # in one piece, or threads would mix their lines
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk is no reason to end the run
+        sys.stderr.write(line + "\n")  # in one piece, or threads would mix their lines
+        sys.stderr.flush()

@@ -12,7 +12,7 @@ import dbojax
 from dbojax import cli, launch
 
 # Together, several nodes' worth of values on two processes with two devices each;
-# then one is killed in the first attempt, and one fails in the second.
+# then one is killed in the first attempt, fails in the second, leaves in the third.
 TOGETHER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -29,18 +29,24 @@ x = jax.make_array_from_callback((count,), each, ones_to_count.__getitem__)
 square = jax.jit(lambda x: jnp.vdot(x, x))
 found = float(square(x))
 devices.start()
+devices.mesh(count)
+told = {"DBOJAX_PROCESSES", "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS"}
+assert not told & set(os.environ), "what is started from here would join as well"
+assert jax.config.read("jax_cuda_visible_devices") == "all", "one GPU for all processes"
 print(f"process {rank} says {found}")
 print("and complains", file=sys.stderr)
 folder = Path(sys.argv[1])
 attempt = len(list(folder.glob(f"{rank}_*.npy")))
 facts = [jax.process_count(), jax.local_device_count(), devices.is_first(), found]
 np.save(folder / f"{rank}_{attempt}.npy", facts)
-while attempt < 2:
+while True:
     square(x).block_until_ready()
     if rank == 1:
         (folder / f"failed_{attempt}").touch()
         if attempt == 0:
             os.kill(os.getpid(), signal.SIGKILL)
+        if attempt == 2:
+            sys.exit(4)
         raise RuntimeError("one process alone meets this")
 """
 # Tells its process id, and stays until it is ended, which it resists.
@@ -88,10 +94,16 @@ def pids(folder, count=2):
 
 def test_processes_meet_fail_and_start_again(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(dbojax.__file__).parents[1]))
+    # All of these must not matter: a proxy that is not there, and one task of SLURM.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name in ("SLURM_NTASKS", "SLURM_JOB_ID"):
+        monkeypatch.setenv(name, "1")
+    for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"):
+        monkeypatch.setenv(name, "0")
     logs, begin = tmp_path / "logs", time.time()
     script = write(tmp_path, TOGETHER)
     command = [script, str(tmp_path)]
-    assert launch.launch(command, 2, devices=2, restarts=2, logs=logs) == 0
+    assert launch.launch(command, 2, devices=2, restarts=2, logs=logs) == 4
 
     # 1 + 4 + 9 + 16, over both processes, in each of three attempts.
     for rank in range(2):
@@ -109,15 +121,20 @@ def test_processes_meet_fail_and_start_again(tmp_path, capfd, monkeypatch):
     assert "restart 1 of 2" in err
     assert "[1] RuntimeError: one process alone meets this" in lines
     assert "dbojax launch: process 1 of 2 ended with exit status 1; restart 2" in err
-    # JAX alone would keep the survivor for a heartbeat, and in the second attempt both
+    assert lines[-1] == "dbojax launch: process 1 of 2 ended with exit status 4."
+    # JAX alone would keep the survivor for a heartbeat, and in the other attempts both
     # of them until its shutdown times out.
-    marks = [begin, *((tmp_path / f"failed_{i}").stat().st_mtime for i in range(2))]
+    marks = [begin, *((tmp_path / f"failed_{i}").stat().st_mtime for i in range(3))]
     assert marks == sorted(marks)
-    last = (tmp_path / "0_2.npy").stat().st_mtime
-    assert last - marks[1] < 20
+    assert time.time() - marks[1] < 40
 
 
-def test_restarts_are_bounded_and_the_status_is_that_of_the_script(tmp_path, capfd):
+def test_restarts_are_bounded_and_the_status_is_that_of_the_script(
+    tmp_path, capfd, monkeypatch
+):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(launch, "LONGEST", 0.8)
     script = write(
         tmp_path,
         "import os, sys; open(sys.argv[1], 'a').write(os.environ['DBOJAX_PROCESS'])\n"
@@ -125,12 +142,37 @@ def test_restarts_are_bounded_and_the_status_is_that_of_the_script(tmp_path, cap
     )
     assert launch.launch([script, str(tmp_path / "tries")], 1, restarts=2) == 5
     assert (tmp_path / "tries").read_text() == "000"
+    assert [pause for pause in slept if pause > 0.1] == [0.5, 0.8]
     told = "dbojax launch: process 0 of 1 ended with exit status 5"
     assert capfd.readouterr().err.splitlines() == [
         f"{told}; restart 1 of 2.",
         f"{told}; restart 2 of 2.",
         f"{told}.",
     ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full disk")
+def test_a_process_does_not_die_of_a_full_disk_under_its_log(
+    tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(launch, "PAUSE", 0.01)
+    script = write(
+        tmp_path,
+        "import os, sys\n"
+        "if os.environ['DBOJAX_PROCESS'] == '1':\n"
+        "    log = sys.argv[1] + '/process_1.log'\n"
+        "    if not os.path.islink(log):\n"
+        "        os.remove(log)\n"
+        "        os.symlink('/dev/full', log)\n"
+        "        sys.exit(3)\n"
+        "    for i in range(3000):\n"
+        "        print('as many')\n"
+        "        print('line', i, 'of many that no pipe holds', file=sys.stderr)",
+    )
+    assert launch.launch([script, str(tmp_path)], 2, restarts=1, logs=tmp_path) == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1] == "[1] line 2999 of many that no pipe holds"
+    assert sum("no longer complete" in line for line in lines) == 2, "of two streams"
 
 
 def test_each_start_takes_a_port_of_its_own_and_shares_it(tmp_path, monkeypatch):
@@ -142,16 +184,20 @@ def test_each_start_takes_a_port_of_its_own_and_shares_it(tmp_path, monkeypatch)
         "names = ['JAX_COORDINATOR_ADDRESS', *sys.argv[2:]]\n"
         "path = sys.argv[1] + '_' + os.environ['DBOJAX_PROCESS']\n"
         "print(*(os.environ[name] for name in names), file=open(path, 'a'))\n"
-        "sys.exit(os.environ['DBOJAX_PROCESS'] == '0' and len(open(path).read()) < 40)",
+        "sys.exit(os.environ['DBOJAX_PROCESS'] == '0' and len(open(path).read()) < 70)",
     )
     names = ["DBOJAX_PROCESSES", "JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS"]
     path = tmp_path / "seen"
-    command = [script, str(path), *names, "DBOJAX_TIMEOUT"]
+    command = [script, str(path), *names, "DBOJAX_TIMEOUT", "no_grpc_proxy"]
+    monkeypatch.setattr(launch, "PAUSE", 0.01)
+    monkeypatch.delenv("no_grpc_proxy", raising=False)
+    monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert launch.launch(command, 2, devices=3, restarts=1, timeout=9) == 0
     first, second = ((tmp_path / f"seen_{i}").read_text().splitlines() for i in (0, 1))
     assert first[-1] == second[-1]
     assert len({line.split()[0] for line in first}) == len(first) == 2
-    assert first[-1].split()[1:] == ["2", "3", "cpu", "9"]
+    assert first[-1].split()[1:] == ["2", "3", "cpu", "9", "example.org,127.0.0.1"]
 
 
 def test_the_others_are_ended_even_if_they_resist(tmp_path, capfd, monkeypatch):
@@ -188,9 +234,9 @@ def test_the_command_line_runs_modules_and_passes_arguments_on(
 ):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "told.py").write_text("import sys; print(__name__, sys.argv[1:])")
-    line = ["launch", "-n", "2", "-m", "told", "--devices", "7", "-m"]
+    line = ["launch", "-n", "2", "-m", "told", "--devices", "7", "--", "-m"]
     assert cli.main(line) == 0
-    assert capfd.readouterr().out == "__main__ ['--devices', '7', '-m']\n"
+    assert capfd.readouterr().out == "__main__ ['--devices', '7', '--', '-m']\n"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +246,9 @@ def test_the_command_line_runs_modules_and_passes_arguments_on(
         (["-n", "2", "--devices", "0", __file__], "--devices must be at least 1"),
         (["-n", "2", "--restarts", "-1", __file__], "--restarts must be at least 0"),
         (["-n", "2", "--timeout", "0", __file__], "--timeout is a number of seconds"),
+        (["-n", "2", "--timeout", "inf", __file__], "a number of seconds > 0, got inf"),
         (["-n", "2", "no_such_script.py"], "there is no script 'no_such_script.py'"),
+        (["-n", "2", "--", "no_such.py", "--"], "there is no script 'no_such.py'"),
     ],
 )
 def test_wrong_options_are_named_before_anything_starts(options, message, capsys):

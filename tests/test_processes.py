@@ -20,11 +20,20 @@ except ValueError as error:
     print("ValueError", error)
 del os.environ["OMPI_COMM_WORLD_SIZE"]
 
+with socket.socket() as taken:
+    taken.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{taken.getsockname()[1]}"
+    try:
+        devices.start(coordinator=address, processes=2, process=0)
+    except RuntimeError as error:
+        print("RuntimeError", error)
+
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     os.environ["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{probe.getsockname()[1]}"
 os.environ |= {"DBOJAX_PROCESSES": "3", "DBOJAX_PROCESS": sys.argv[1]}
 os.environ["DBOJAX_TIMEOUT"] = "0.5"
+os.environ["https_proxy"] = "http://127.0.0.1:9"
 begin = time.monotonic()
 try:
     devices.start()
@@ -49,11 +58,14 @@ def test_a_missing_peer_is_told_in_time(process, message):
         timeout=50,
         cwd=Path(dbojax.__file__).parents[1],
     )
-    first, second = ended.stdout.splitlines()
+    first, taken, second = ended.stdout.splitlines()
     assert "ValueError OMPI_COMM_WORLD_SIZE = 4 says" in first
+    assert "RuntimeError The port of 127.0.0.1:" in taken
+    assert "is in use on this host. Choose another one" in taken
     assert "TimeoutError True" in second
     assert f"Process {process} of 3 has waited 0.5 s at 127.0.0.1" in second
     assert message in second
+    assert "Should https_proxy apply? If not, set no_grpc_proxy." in second
     assert ended.returncode == 1, "not by an abort of JAX"
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import math
 import os
 import socket
 import sys
 import threading
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,14 @@ from dbojax.devices.meshes import PROCESSES
 
 # What `dbojax launch` sets, beside JAX's own `JAX_COORDINATOR_ADDRESS`.
 _PROCESS, _TIMEOUT = "DBOJAX_PROCESS", "DBOJAX_TIMEOUT"
+_ADDRESS, _BIND = "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS"
 # Set by starters of many processes, each with the number of processes it started.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 # The processes leave together. The first to reach its end may wait long for one that
 # still evaluates and draws; that all are alive is the heartbeat's affair.
 _LEAVE = 3600
+# gRPC goes by the first that is set.
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 
 
 class _Peers(NamedTuple):
@@ -67,12 +71,18 @@ def start(
         reach the port of ``coordinator``; on CPUs, exchanges go to the address that a
         host's own name resolves to, which must not be a loopback address.
 
-    A process that ends by an uncaught exception leaves at once. Without that it would
-    wait in JAX for the others to finish, and they for its part of an exchange.
-    ``sys.exit`` in one process alone cannot be told from the end of a script; raise an
-    exception instead. A peer that falls silent ends all others after ``heartbeat``
-    seconds, earlier if they are amid an exchange. JAX's preemption service is switched
-    off, since it would keep SIGTERM from ending a process.
+    A process that ends by an uncaught exception, or by ``sys.exit`` with a status other
+    than 0, leaves at once. Without that it would wait in JAX for the others to finish,
+    and they for its part of an exchange. For that ``start`` puts a function of its own
+    in place of ``sys.exit``; ``raise SystemExit``, ``exit()`` and a name imported from
+    ``sys`` before go past it, and still wait. A peer that falls silent ends all others
+    after ``heartbeat`` seconds, earlier if they are amid an exchange. JAX's preemption
+    service is switched off, since it would keep SIGTERM from ending a process.
+
+    What ``dbojax launch`` has told of the others leaves the environment, so that the
+    processes which a script starts in turn do not join too. Where it tells them, or
+    the arguments do, JAX does not choose a GPU for each process: that is up to
+    ``CUDA_VISIBLE_DEVICES`` or ``JAX_LOCAL_DEVICE_IDS``.
 
     Args:
         coordinator: ``"host:port"`` of process 0, any free port.
@@ -85,7 +95,8 @@ def start(
     Raises:
         ValueError: if some of the three arguments are missing or do not fit together,
             or if several processes were started in a way that JAX does not recognise.
-        RuntimeError: if JAX has been used before, or has failed to connect.
+        RuntimeError: if JAX has been used before, or has failed to connect, e.g. since
+            the port of the coordinator is in use.
         TimeoutError: if some process has not come in time. End the process then: JAX
             goes on to wait, and aborts it half a minute later.
 
@@ -106,8 +117,12 @@ def start(
     claims = _claims()
     if not (peers or claims or "TPU_ML_PLATFORM" in os.environ):  # set by JAX itself
         return
+    if peers and not peers.process:
+        _check_port(peers.coordinator)
     jax.config.update("jax_enable_preemption_service", False)
     if _join(peers, timeout, math.ceil(heartbeat), late=bool(peers or claims)):
+        for name in (PROCESSES, _ADDRESS, _BIND):
+            os.environ.pop(name, None)
         _meet()
         return
     if claims:
@@ -152,7 +167,7 @@ def _told() -> _Peers | None:
     """What the launcher has put into the environment."""
     if PROCESSES not in os.environ:
         return None
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    address = os.environ.get(_ADDRESS)
     numbers = (os.environ.get(name) for name in (PROCESSES, _PROCESS))
     peers = (address, *(None if n is None else int(n) for n in numbers))
     return _checked(peers, "The environment of `dbojax launch`")
@@ -166,6 +181,21 @@ def _claims() -> list[str]:
     return many + [n for n in ("JOB_COMPLETION_INDEX",) if n in os.environ]
 
 
+def _check_port(coordinator: str) -> None:
+    """Refuse a port that is in use: JAX would crash on it."""
+    host = os.environ.get(_BIND, "").rpartition(":")[0]
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(coordinator.rpartition(":")[2])))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise RuntimeError(
+                    f"The port of {coordinator} is in use on this host. Choose another "
+                    "one, the same for all processes."
+                ) from error
+
+
 def _join(peers: _Peers | None, timeout: float, heartbeat: int, late: bool) -> bool:
     """Connect, in a thread: JAX itself would abort the process, without a word."""
     outcome: list[BaseException] = []
@@ -177,6 +207,8 @@ def _join(peers: _Peers | None, timeout: float, heartbeat: int, late: bool) -> b
                 coordinator,
                 processes,
                 process,
+                # Or in a SLURM allocation all that one task starts get its one GPU.
+                cluster_detection_method="deactivate" if peers else None,
                 initialization_timeout=math.ceil(timeout) + 30,
                 heartbeat_timeout_seconds=heartbeat,
                 shutdown_timeout_seconds=_LEAVE,
@@ -189,7 +221,7 @@ def _join(peers: _Peers | None, timeout: float, heartbeat: int, late: bool) -> b
     thread.join(timeout)
     waiting = thread.is_alive()
     if waiting or not outcome:
-        atexit.register(_leave_at_once)  # after JAX's own, and hence before it
+        _leave_if_failed()
     if waiting:
         raise TimeoutError(_missing(peers, timeout))
     if not outcome:
@@ -217,16 +249,20 @@ def _meet() -> None:
     mesh = jax.make_mesh((jax.device_count(),), ("nodes",), axis_types=kinds)
     each = jax.NamedSharding(mesh, jax.P("nodes"))
     ones = np.ones(jax.device_count(), np.float32)
-    jnp.sum(jax.make_array_from_callback(ones.shape, each, ones.__getitem__))
+    met = jnp.sum(jax.make_array_from_callback(ones.shape, each, ones.__getitem__))
+    met.block_until_ready()  # or a script that ends now leaves amid the exchange
 
 
 def _missing(peers: _Peers | None, timeout: float) -> str:
     """Who was expected, and what to look at."""
+    proxies = [name for name in _PROXIES if os.environ.get(name)]
+    hint = f" Should {' and '.join(proxies)} apply? If not, set no_grpc_proxy."
+    hint = hint if proxies else ""
     if peers is None:
         return (
             f"The other processes have not come within {timeout:g} s. Were all of them "
             "started, and can they reach each other? Give a longer `timeout` if some "
-            "are slow to start."
+            f"are slow to start.{hint}"
         )
     coordinator, processes, process = peers
     others = [str(i) for i in range(processes) if i != process]
@@ -235,12 +271,13 @@ def _missing(peers: _Peers | None, timeout: float) -> str:
     if process and not _answers(coordinator):
         return (
             f"{told.capitalize()}, where process 0 does not answer. Was it started, is "
-            "that its address, and is the port open?"
+            f"that its address, and is the port open?{hint}"
         )
     return (
         f"{told.capitalize()}, and not all of the others (process {listed}) have come. "
         f"Were all {processes} started, each with a `process` of its own, and can they "
         "reach that address? Give a longer `timeout` if some are slow to start."
+        f"{hint}"
     )
 
 
@@ -253,11 +290,29 @@ def _answers(coordinator: str) -> bool:
     return True
 
 
-def _leave_at_once() -> None:
-    """End a process that has failed, before JAX waits for the others."""
-    if (error := getattr(sys, "last_value", None)) is None:
-        return
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+def _leave_if_failed() -> None:
+    """End a process that has failed, before JAX waits for the others.
+
+    At its end an interpreter has forgotten the status that it was asked for.
+    """
+    status, plain = [0], sys.exit
+
+    def leave(code: Any = None, /) -> NoReturn:
+        if threading.current_thread() is threading.main_thread():
+            known = code is None or isinstance(code, int)
+            status[0] = (code or 0) & 0xFF if known else 1
+        plain(code)
+
+    def leave_at_once():
+        error = getattr(sys, "last_value", None)
+        if error is not None:
+            status[0] = 130 if isinstance(error, KeyboardInterrupt) else 1
+        if not status[0]:
+            return
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status[0])
+
+    sys.exit = leave
+    atexit.register(leave_at_once)  # after JAX's own, and hence before it
