@@ -30,9 +30,9 @@ def test_devices_make_no_difference(name):
         for k, mesh in MESHES.items()
     )
     assert of_one.traffic == of_many.traffic
+    # To the last bit with JAX 0.10. Later compilers form the sums of a node in another
+    # order where a device holds another number of nodes.
     close((one, of_one), (many, of_many))
-    if name not in everywhere.MEANS:
-        jax.tree.map(np.testing.assert_array_equal, one, many)
 
 
 def close(ours, theirs):
