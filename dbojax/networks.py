@@ -262,7 +262,8 @@ def _network(ws, name) -> Network:
     # To the last bit, so that what one end gives the other gets.
     ws = [(w + w.T) / 2 if symmetric else w for w in ws]
     doubly = all(np.abs(w.sum(axis=1) - 1).max() <= tolerance for w in ws)
-    turns = jnp.asarray(np.stack([_in_slots(w, table.nodes) for w in ws]))
+    slots = np.stack([_in_slots(w, table.nodes) for w in ws])
+    turns = jnp.asarray(slots)
 
     def weights(key, step):
         del key
@@ -275,7 +276,7 @@ def _network(ws, name) -> Network:
         heard,
         symmetric,
         doubly,
-        np.asarray(turns) > 0,
+        slots > 0,
         _total(table.nodes[:, :heard]),
         _swap(table.nodes[:, 1:], table.reverse[:, 1:] - 1),
         jax.vmap,

@@ -325,6 +325,13 @@ def check_positive(value: Any, name: str) -> None:
         raise ValueError(f"`{name}` must be > 0; got {value}.")
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf holds typed random keys."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(
+        leaf.dtype, jax.dtypes.prng_key
+    )
+
+
 def one_node(tree: Tree) -> Tree:
     """Shapes and dtypes of one node's share of a stacked tree."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tree)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dbojax import trees
@@ -292,16 +291,11 @@ def _put(leaf, mesh, n, axis=0):
     # An array of NumPy could otherwise be used as it is, and change later.
     leaf = np.array(leaf, copy=True) if isinstance(leaf, np.ndarray) else leaf
     sharding = jax.NamedSharding(mesh, spec)
-    if _is_key(leaf) and not sharding.is_fully_addressable:
+    if trees.is_key(leaf) and not sharding.is_fully_addressable:
         # What JAX hands to other processes must be numbers.
         data = jax.device_put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     return jax.device_put(leaf, sharding)
-
-
-def _is_key(leaf) -> bool:
-    kind = jax.dtypes.prng_key
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, kind)
 
 
 def _spec(leaf, n, axis=0):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dbojax import trees
 from dbojax.base import Tree
 from dbojax.devices.meshes import AXIS, check_divides
 from dbojax.devices.routes import Route, route
@@ -136,7 +137,7 @@ def _in_one(send: Callable, tree: Tree) -> Tree:
 
 def _bits(leaf):
     """A leaf as unsigned integers of the same width."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if trees.is_key(leaf):
         return jax.random.key_data(leaf)
     if leaf.dtype == bool:
         return leaf.astype(jnp.uint8)
@@ -148,7 +149,7 @@ def _bits(leaf):
 
 def _values(words, like):
     """Undo :func:`_bits`."""
-    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+    if trees.is_key(like):
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(like))
     if like.dtype == bool:
         return words.astype(bool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import overload
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,10 @@ from dbojax.base import Mix, Network, Tree
 from dbojax.devices.meshes import AXIS
 from dbojax.devices.moves import lift, moves, over_nodes
 
-
-@overload
-def spread(part: Mix, mesh: jax.sharding.Mesh) -> Mix: ...
-@overload
-def spread(part: Network, mesh: jax.sharding.Mesh) -> Network: ...
+Part = TypeVar("Part", Mix, Network)
 
 
-def spread(part, mesh):
+def spread(part: Part, mesh: jax.sharding.Mesh) -> Part:
     r"""The same mix, or network, for nodes that are spread over a mesh.
 
     .. math:: v_i \leftarrow \sum_j w_{ij} v_j
@@ -160,10 +156,10 @@ def _mix(mix: Mix, mesh) -> Mix:
     def flow(v: Tree, decode=None) -> Tree:
         return total(v, weights, apart=True, decode=decode)
 
-    return _apart(mix, table, mesh, apply, flow)
+    return _sending(mix, table, mesh, apply, flow)
 
 
-def _apart(mix, table, mesh, apply, flow) -> Mix:
+def _sending(mix, table, mesh, apply, flow) -> Mix:
     """A mix whose nodes see of one another what travels."""
     taken = moves(table, len(table), mesh).with_heard(_rows)
 
@@ -226,7 +222,7 @@ def _mean(mix: Mix, mesh) -> Mix:
     def flow(v: Tree, decode=None) -> Tree:
         return cheaper(flow_of_all, flow_of_sums, v, decode, jax.P(AXIS))
 
-    return _apart(mix, table, mesh, apply, flow)
+    return _sending(mix, table, mesh, apply, flow)
 
 
 def _network(network: Network, mesh) -> Network:

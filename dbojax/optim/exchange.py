@@ -100,10 +100,7 @@ def communicate(
 
 
 def _key(seed) -> jax.Array:
-    is_array = isinstance(seed, jax.Array)
-    if is_array and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-        return seed
-    return jax.random.key(seed)
+    return seed if trees.is_key(seed) else jax.random.key(seed)
 
 
 def as_rows(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dbojax import trees
 from dbojax.base import Tree
 from dbojax.runner.peers import Peers, peers_of
 
@@ -39,20 +40,13 @@ def form(leaf) -> tuple[str, list[int]]:
     return str(leaf.dtype), list(leaf.shape)
 
 
-def is_key(leaf) -> bool:
-    """Whether a leaf is a typed random key."""
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(
-        leaf.dtype, jax.dtypes.prng_key
-    )
-
-
 def numbers(leaf) -> jax.Array | np.ndarray:
     """The numbers behind a leaf, placed as it is.
 
     Raises:
         ValueError: if there are none.
     """
-    if is_key(leaf):
+    if trees.is_key(leaf):
         return jax.random.key_data(leaf)
     if isinstance(leaf, jax.Array):
         return leaf
@@ -142,7 +136,7 @@ def build(like, read: Callable[[Box], np.ndarray]) -> jax.Array:
         array = jax.make_array_from_callback(shape, pattern.sharding, values)
     else:
         array = jnp.array(values((slice(None),) * len(shape)))
-    if is_key(like):
+    if trees.is_key(like):
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
     return array
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from dbojax import trees
 from dbojax.base import Algorithm, State, Tree
 from dbojax.runner import feeds, history
 from dbojax.runner.peers import Peers, barrier, wait
@@ -132,7 +133,7 @@ def own(state: State) -> State:
 
 def _copy(state: State) -> State:
     def copy(leaf):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if trees.is_key(leaf):
             return jnp.copy(leaf)
         # Naming the dtype makes a weakly typed leaf strong: one program for all chunks.
         return jnp.array(leaf, leaf.dtype, copy=True)
