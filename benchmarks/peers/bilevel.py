@@ -55,13 +55,23 @@ def lower(x, y, samples):
     return fit(y, samples) + jnp.sum(weights * y.reshape(P, -1) ** 2) / 2
 
 
-PROBLEM = dbo.Problem(upper, lower)
-
-
 def block(data, index):
     return jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), data
     )
+
+
+def problem(above, below):
+    """The objectives on all data; a batch is the number of a block, or several."""
+
+    def on(objective, data):
+        def value(x, y, drawn):
+            # SABA looks at one sample, here a whole block, with a sample axis.
+            return objective(x, y, block(data, jnp.ravel(drawn)[0]))
+
+        return value
+
+    return dbo.Problem(on(upper, above), on(lower, below))
 
 
 def orders(key, steps, levels):
@@ -76,47 +86,47 @@ def decay(step):
     return STEP / jnp.sqrt(1.0 + step)
 
 
-# By dbojax. A batch is made of the numbers of the blocks that were drawn.
+# By dbojax, on one node.
 
 
 class Solver(NamedTuple):
     """A method and what it sees in a step."""
 
     method: dbo.Algorithm
-    batch: Callable  # (above, below, numbers of blocks) -> batch
+    batch: Callable  # numbers of the blocks that were drawn -> batch of one node
     draws: int  # blocks in a step
 
 
-def on_one_node(tree):
-    return jax.tree.map(lambda leaf: leaf[None], tree)
+def on_one_node(batch):
+    if isinstance(batch, dbo.Rounds):  # whose rounds come first
+        inner = jax.tree.map(lambda leaf: leaf[:, None], batch.inner)
+        return dbo.Rounds(on_one_node(batch.outer), inner)
+    return jax.tree.map(lambda leaf: leaf[None], batch)
 
 
-def blocks(data, indices):
-    return jax.vmap(lambda index: block(data, index))(indices)
+def one_each(drawn):
+    return dbo.Batch(drawn[0], drawn[1])
 
 
-def soba():
-    def batch(above, below, drawn):
-        return on_one_node(dbo.Batch(block(above, drawn[0]), block(below, drawn[1])))
-
-    method = dbo.algorithms.soba(
-        PROBLEM, mix=dbo.mixing.averaging(1), upper_step=decay, lower_step=decay
-    )
-    return Solver(method, batch, draws=2)
+def one_and_several(drawn):
+    return dbo.Batch(drawn[0], drawn[1:])
 
 
-def saba():
+def soba(of):
+    mix = dbo.mixing.averaging(1)
+    method = dbo.algorithms.soba(of, mix=mix, upper_step=decay, lower_step=decay)
+    return Solver(method, one_each, draws=2)
+
+
+def saba(of):
     """A whole block is what it remembers as one sample, as benchopt's does."""
 
-    def part(data, index):
-        one = on_one_node(block(data, index))
-        return dbo.Indexed(index[None], one, jnp.asarray(BLOCKS))
-
-    def batch(above, below, drawn):
-        return on_one_node(dbo.Batch(part(above, drawn[0]), part(below, drawn[1])))
+    def batch(drawn):
+        size = jnp.asarray(BLOCKS)
+        return dbo.Batch(*(dbo.Indexed(one, one, size) for one in drawn[:, None]))
 
     method = dbo.algorithms.saba(
-        PROBLEM,
+        of,
         mix=dbo.mixing.averaging(1),
         num_upper=BLOCKS,
         num_lower=BLOCKS,
@@ -126,7 +136,7 @@ def saba():
     return Solver(method, batch, draws=2)
 
 
-def series(problem):
+def series(of):
     """Directions with a Neumann series that takes a fresh block for each term.
 
     The first block below gives the slope and the mixed product.
@@ -139,15 +149,13 @@ def series(problem):
     def directions(key, x, y, z, memory, batch):
         del key
         above, below = batch
-        first, rest = (
-            jax.tree.map(lambda a, s=s: a[s], below) for s in (0, slice(1, None))
-        )
-        f_x, f_y = jax.grad(problem.upper, (0, 1))(x, y, above)
-        d_y, pull = jax.vjp(lambda x: jax.grad(problem.lower, 1)(x, y, first), x)
+        first, rest = below[0], below[1:]
+        f_x, f_y = jax.grad(of.upper, (0, 1))(x, y, above)
+        d_y, pull = jax.vjp(lambda x: jax.grad(of.lower, 1)(x, y, first), x)
 
         def term(carry, samples):
             v, total = carry
-            slope = functools.partial(jax.grad(problem.lower, 1), x)
+            slope = functools.partial(jax.grad(of.lower, 1), x)
             _, image = jax.jvp(lambda y: slope(y, samples), (y,), (v,))
             v = v - STEP * image
             return (v, total + v), None
@@ -167,38 +175,31 @@ def moves(*steps):
     return [dbo.strategies.allreduce(channel, optax.sgd(step)) for step in steps]
 
 
-def stocbio():
+def stocbio(of):
     """SGD on y, then a step of x along the series."""
     a = dbo.algorithms
     x, y, z = moves(STEP, STEP, STEP)
-    method = a.compose(
-        PROBLEM, series(PROBLEM), a.Phase(y=y, z=z, times=ROUNDS), a.Phase(x=x)
-    )
+    below, above = a.Phase(y=y, z=z, times=ROUNDS), a.Phase(x=x)
+    method = a.compose(of, series(of), below, above)
 
-    def batch(above, below, drawn):
-        inner = jax.tree.map(lambda leaf: leaf[:, None], blocks(below, drawn[:ROUNDS]))
-        rows = jax.tree.map(lambda leaf: leaf[:, :, None], inner)
-        single = block(above, drawn[ROUNDS]), blocks(below, drawn[ROUNDS + 1 :])
+    def batch(drawn):
         # The rounds do not look at their upper part.
-        return dbo.Rounds(on_one_node(dbo.Batch(*single)), dbo.Batch(inner, rows))
+        inner = dbo.Batch(drawn[:ROUNDS], drawn[:ROUNDS, None])
+        return dbo.Rounds(one_and_several(drawn[ROUNDS:]), inner)
 
     return Solver(method, batch, draws=ROUNDS + TERMS + 2)
 
 
-def mrbo():
+def mrbo(of):
     """Recursive momentum on the directions of the series."""
 
     def slower(step):
         return STEP / (1.0 + step) ** (1 / 3)
 
     x, y, z = moves(slower, slower, slower)
-    oracle = dbo.oracles.storm(series(PROBLEM), RATE)
-    method = dbo.algorithms.single_loop(PROBLEM, x=x, y=y, z=z, oracle=oracle)
-
-    def batch(above, below, drawn):
-        return on_one_node(dbo.Batch(block(above, drawn[0]), blocks(below, drawn[1:])))
-
-    return Solver(method, batch, draws=TERMS + 2)
+    oracle = dbo.oracles.storm(series(of), RATE)
+    method = dbo.algorithms.single_loop(of, x=x, y=y, z=z, oracle=oracle)
+    return Solver(method, one_and_several, draws=TERMS + 2)
 
 
 SOLVERS = types.MappingProxyType(
@@ -225,11 +226,12 @@ def scanned(step, draws, steps):
     return program
 
 
-def step_of(solver, metrics=False):
+def step_of(name, metrics=False):
     """The step of one of ours; without its metrics the compiler leaves them out."""
 
     def step(key, state, above, below, drawn):
-        state, told = solver.method.step(key, state, solver.batch(above, below, drawn))
+        solver = SOLVERS[name](problem(above, below))
+        state, told = solver.method.step(key, state, on_one_node(solver.batch(drawn)))
         return state, told if metrics else None
 
     return step

@@ -1,4 +1,4 @@
-"""SOBA and SABA on the problem of `bilevel.py` in plain JAX, as one would write them."""
+"""SOBA and SABA on the problem of `bilevel.py`, as one would write them in JAX."""
 
 from typing import NamedTuple
 

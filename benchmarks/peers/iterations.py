@@ -34,10 +34,10 @@ def contender(step, draws, start, arrays, point):
 
 
 def ours(name, dtype, metrics=False):
-    solver = bilevel.SOLVERS[name]()
     x, y, *arrays = bilevel.arguments(dtype)
+    solver = bilevel.SOLVERS[name](bilevel.problem(*arrays))
     start = solver.method.init(x[None], y[None])
-    step = bilevel.step_of(solver, metrics)
+    step = bilevel.step_of(name, metrics)
     return contender(step, solver.draws, start, arrays, lambda s: (s.x[0], s.y[0]))
 
 

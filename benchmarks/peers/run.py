@@ -5,12 +5,12 @@
     python benchmarks/peers/run.py --only solvers --benchopt PATH
 
 `hypergradients`: jaxopt, optimistix, PyTorch alone, torchopt, betty-ml, boat-torch and
-higher on the digits problem. `solvers`: SOBA, SABA, stocBiO and MRBO beside JAX written
-by hand, and beside those of a checkout of github.com/benchopt/benchmark_bilevel at PATH.
+higher on the digits problem. `solvers`: SOBA, SABA, stocBiO and MRBO beside JAX by
+hand, and beside those of a checkout of github.com/benchopt/benchmark_bilevel at PATH.
 `loop`: CD-Adam beside a plain data-parallel loop of optax. `simulator`: decentralised
 rounds beside NumPy loops over nodes. Peers that are not installed are left out with a
-line; `pip install -e ".[peers]"` brings those that install together, what it leaves out
-is said there. All take turns, each call is blocked on its device, compile time is apart.
+line; `pip install -e ".[peers]"` brings those that install together. All take turns,
+each call is blocked on its device, compile time is apart.
 """
 
 import sys
