@@ -1,6 +1,7 @@
 """Hypergradients of the digits problem beside JAX and PyTorch libraries."""
 
 import functools
+import logging
 import warnings
 
 import digits
@@ -86,6 +87,7 @@ def set_threads(label):
 
 def rows(repeats, steps=100):
     warnings.simplefilter("ignore", FutureWarning)  # of functorch, within torchopt
+    logging.disable(logging.INFO)  # of betty's engine
     args = digits.arguments(jnp.float32)
     for family in FAMILIES:
         calls, grads = jax_calls(family, args, steps)

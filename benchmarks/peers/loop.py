@@ -57,7 +57,9 @@ def stacked(params, samples):
 
 
 def averaged(params, samples):
-    return jax.tree.map(lambda g: g.mean(0), stacked(params, samples))
+    """Their mean, as a product: on CPU, a mean over a short first axis is far slower."""
+    share = jnp.full(WORKERS, 1 / WORKERS, jnp.float32)
+    return jax.tree.map(lambda g: jnp.tensordot(share, g, 1), stacked(params, samples))
 
 
 def at_once(params, samples):

@@ -34,12 +34,7 @@ class C2dfb(NamedTuple):
     lower_step: float = 0.1
 
 
-SIZES = (
-    Size(20, 50, 200),
-    Size(100, 100, 200),
-    Size(1_000, 100, 50),
-    Size(10_000, 100, 10),
-)
+SIZES = Size(20, 50, 200), Size(100, 100, 100), Size(10_000, 100, 4)
 WEIGHTS = dbo.topology.metropolis(dbo.topology.ring(NODES))
 
 
@@ -50,7 +45,8 @@ def arguments(size, dtype):
     truth = rng.standard_normal(size.d) + 0.5 * rng.standard_normal((NODES, size.d))
     targets = np.sign(np.einsum("lnmd,nd->lnm", inputs, truth))
     inputs = inputs / np.sqrt(size.d)
-    return tuple((a.astype(dtype), t.astype(dtype)) for a, t in zip(inputs, targets))
+    levels = zip(inputs, targets, strict=True)
+    return tuple((a.astype(dtype), t.astype(dtype)) for a, t in levels)
 
 
 def fit(y, samples):
