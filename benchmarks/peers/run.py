@@ -58,7 +58,10 @@ def main():
         module, title = PARTS[name]
         part = importlib.import_module(module)
         extra = {"benchopt": options.benchopt} if name == "solvers" else {}
-        found = list(part.rows(options.repeats, **extra))
+        found = []
+        for row in part.rows(options.repeats, **extra):
+            found.append(row)
+            print(*row.values(), sep=", ", file=sys.stderr, flush=True)
         write_csv(
             options.out / f"peers_{name}.csv", [r | turns.machine() for r in found]
         )
