@@ -147,7 +147,13 @@ def _check(part, level, num):
 
 def _per_sample(terms, data):
     """Terms of each sample by itself; objectives want a sample axis, of length one."""
-    return jax.vmap(lambda one: terms(jax.tree.map(lambda leaf: leaf[None], one)))(data)
+
+    def alone(tree):
+        return jax.tree.map(lambda leaf: leaf[None], tree)
+
+    if all(leaf.shape[0] == 1 for leaf in jax.tree.leaves(data)):
+        return alone(terms(data))  # mapped, a large sample would be laid out anew
+    return jax.vmap(lambda one: terms(alone(one)))(data)
 
 
 def _refresh(table, drawn, now):
