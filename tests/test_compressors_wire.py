@@ -126,18 +126,14 @@ LENGTHS = [1, 2, 3, 5, 16, 17, 97, 1000, 10_007]
 
 @pytest.mark.parametrize("d", LENGTHS)
 def test_random_k_never_repeats(d, key):
-    """Fewer indices are the first of all: no repeats among d settles every k."""
     seeds = jax.random.bits(key, (20, 2), jnp.uint32)
-
-    @jax.jit
-    def choose(seeds):
-        some = noise.distinct(seeds[0], (d + 1) // 2, d)
-        return jax.vmap(lambda seed: noise.distinct(seed, d, d))(seeds), some
-
-    chosen, some = map(np.asarray, choose(seeds))
-    for row in chosen:
-        assert sorted(row) == list(range(d))
-    np.testing.assert_array_equal(some, chosen[0, : (d + 1) // 2])
+    for k in sorted({1, (d + 2) // 3, (d + 1) // 2, d}):
+        choose = jax.jit(jax.vmap(lambda seed, k=k: noise.distinct(seed, k, d)))
+        chosen = np.asarray(choose(seeds))
+        assert chosen.min() >= 0
+        assert chosen.max() < d
+        for row in chosen:
+            assert len(set(row)) == k
 
 
 @pytest.mark.parametrize(("k", "d"), [(1, 2), (1, 3), (2, 5), (3, 7), (4, 16), (6, 23)])
@@ -151,18 +147,15 @@ def test_random_k_includes_all_alike(k, d, key):
 
 
 def test_random_k_pairs_are_not_always_the_same(key):
+    """Two of 11: one of each half of a circle that begins anywhere."""
     seeds = jax.random.bits(key, (5000, 2), jnp.uint32)
     choose = jax.jit(jax.vmap(lambda seed: noise.distinct(seed, 2, 11)))
     chosen = np.asarray(choose(seeds))
     gaps = np.bincount((chosen[:, 1] - chosen[:, 0]) % 11, minlength=11)
-    assert gaps[0] == 0
-    assert gaps[1:].min() > 0.5 * 5000 / 10
-
-
-@pytest.mark.parametrize("d", [1, 2, 10, 97, 1000, 99_991, 2_602_140])
-def test_grid_of_the_permutation(d):
-    a, b = noise.grid(d)
-    assert d <= a * b < d + 2 * d**0.5 + 1
+    ways = [
+        sum(6 + b - a == gap for a in range(6) for b in range(5)) for gap in range(11)
+    ]
+    np.testing.assert_allclose(gaps / 5000, np.array(ways) / 30, atol=0.03)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 7, 8, 100, 32767])
@@ -252,7 +245,7 @@ def test_int8_against_numpy(block, key):
         scale = np.abs(v[j // m * m : (j // m + 1) * m]).max() / 127
         u = v[j] / scale
         want[j] = scale * (np.floor(u) + (r[j] < u - np.floor(u) - 1e-12))
-    payload, received = sent_and_received(C.int8(block, given(r)), key, v)
+    payload, received = sent_and_received(C.int8(block, given(r[:100])), key, v)
     np.testing.assert_allclose(received, want, rtol=1e-9)
     assert payload.scales.size == rows
 

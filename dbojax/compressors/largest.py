@@ -55,7 +55,8 @@ def keep_largest(v: jax.Array, k: int) -> jax.Array:
     whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
     if not whole or not 1 <= k <= v.size:
         raise ValueError(
-            f"`keep_largest(v, k)` needs an integer k from 1 to d={v.size}, got k={k!r}."
+            f"`keep_largest(v, k)` needs an integer k from 1 to d={v.size}, got "
+            f"k={k!r}. For a fraction write e.g. `int(0.1 * v.size)`."
         )
     return jnp.where(are_largest(v, int(k)), v, jnp.zeros_like(v))
 
@@ -66,7 +67,7 @@ def largest(v: jax.Array, k: int) -> jax.Array:
 
 
 def are_largest(v: jax.Array, k: int) -> jax.Array:
-    """Whether an entry is among the ``k`` largest; of equal ones the first are: (d,)."""
+    """Whether an entry is among the ``k`` largest, the first of equal ones: (d,)."""
     ranks = magnitudes(v)
     found = threshold(ranks, k)
     place = jax.lax.iota(jnp.int32, v.size)
@@ -85,7 +86,7 @@ def magnitudes(v: jax.Array) -> jax.Array:
 
 
 def threshold(ranks: jax.Array, k: int) -> Bracket:
-    """The largest ``low`` that at least ``k`` ranks reach, or one that just ``k`` do."""
+    """The highest ``low`` that ``k`` ranks reach, or one that just ``k`` do."""
     d, kind = ranks.size, ranks.dtype
 
     def unsettled(carry):

@@ -99,10 +99,8 @@ def distinct(seed: jax.Array, k: int, d: int) -> jax.Array:
     runs = jax.lax.iota(jnp.uint32, k)
     lengths = np.uint32(length) + (runs < longer).astype(jnp.uint32)
     random = hashed(seed, runs)
-    if length < 256:  # scaled: no division
-        steps = ((random >> 8) * lengths) >> 24
-    else:
-        steps = random % lengths
+    # The upper bits, scaled, where that fits into a word: no division.
+    steps = ((random >> 8) * lengths) >> 24 if length < 256 else random % lengths
     begin = hashed(seed, jnp.uint32(k)) % np.uint32(d)
     at = begin + runs * np.uint32(length) + jnp.minimum(runs, np.uint32(longer)) + steps
     return jnp.where(at >= d, at - np.uint32(d), at).astype(jnp.int32)

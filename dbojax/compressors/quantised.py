@@ -48,7 +48,9 @@ def places(rows: jax.Array, bits: int) -> jax.Array:
     # shifts then are not known and cost thrice as much. It does not know this zero;
     # the compiler of the kernel does.
     zero = (rows >> np.uint32(31)) >> np.uint32(1)
-    return (jax.lax.broadcasted_iota(jnp.uint32, rows.shape, 1) + zero) * np.uint32(bits)
+    return (jax.lax.broadcasted_iota(jnp.uint32, rows.shape, 1) + zero) * np.uint32(
+        bits
+    )
 
 
 def in_runs(v: jax.Array, length: int) -> jax.Array:
