@@ -42,6 +42,13 @@ BYTES = {
     "top_k_bfloat16": (C.top_k(0.01), 1000, jnp.bfloat16, 10 * (2 + 2)),
     "block_top_k": (C.block_top_k(0.01), 10_000, jnp.float32, 100 * (4 + 1)),
     "block_top_k_uint16": (C.block_top_k(10), 10_000, jnp.float32, 10 * (4 + 2)),
+    "chunked_top_k": (C.chunked_top_k(0.01), 10_000, jnp.float32, 3 * 34 * (4 + 2)),
+    "chunked_top_k_uint8": (
+        C.chunked_top_k(0.01, chunk=250),
+        10_000,
+        jnp.float32,
+        40 * 3 * (4 + 1),
+    ),
     "random_k": (C.random_k(0.01), 10_000, jnp.float32, 100 * 4 + 8),
     "strided_random_k": (C.strided_random_k(0.01), 10_000, jnp.float32, 100 * 4 + 1),
     "qsgd1": (C.qsgd(1), 1600, jnp.float32, 4 * 100 + 4),  # 2 bits, 16 a word
@@ -100,7 +107,9 @@ def test_top_k_against_numpy(key):
         np.testing.assert_array_equal(payload.values, v[np.asarray(payload.indices)])
 
 
-@pytest.mark.parametrize(("k", "d"), [(1, 7), (3, 7), (4, 12), (7, 7), (5, 1300)])
+@pytest.mark.parametrize(
+    ("k", "d"), [(1, 7), (3, 7), (4, 12), (7, 7), (5, 1300), (90, 1003)]
+)
 def test_block_top_k_against_a_loop(k, d, key):
     v = np.random.default_rng(d).normal(size=d)
     want = np.zeros(d)
@@ -315,3 +324,20 @@ def test_counter_uniform_moments(key):
         assert abs(lagged.mean()) * scale < 5 / 12
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float64):
         assert C.counter_uniform(key, (9,), dtype).max() < 1
+
+
+def test_counter_uniform_in_pairs_and_across_seeds():
+    """What two neighbours, or two streams alike in one seed word, have in common."""
+    words = jax.random.bits(jax.random.key(0), (3, 400), jnp.uint32)
+    counter = jnp.arange(1000, dtype=jnp.uint32)
+    stream = jax.vmap(lambda a, b: noise.hashed((a, b), counter) / 2**32)
+    one, two = (np.asarray(stream(*words[np.array(at)])) for at in ((0, 1), (0, 2)))
+    cells = (16 * one[:, :-1]).astype(int) * 16 + (16 * one[:, 1:]).astype(int)
+    counts, each = np.bincount(cells.ravel(), minlength=256), cells.size / 256
+    chi = ((counts - each) ** 2 / each).sum()  # 255 degrees of freedom
+    assert abs(chi - 255) < 5 * (2 * 255) ** 0.5
+    for lag in (1, 2, 16, 32, 256):
+        both = (one[:, lag:] - 0.5) * (one[:, :-lag] - 0.5)
+        assert abs(both.mean()) * both.size**0.5 < 5 / 12
+    both = (one - 0.5) * (two - 0.5)
+    assert abs(both.mean()) * both.size**0.5 < 5 / 12

@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dbojax.base import Compressor
-from dbojax.compressors.largest import magnitudes
+from dbojax.compressors.largest import magnitudes, of_largest
 from dbojax.compressors.sparse import (
     Count,
     counter,
     entries,
     narrow,
     num_rows,
-    of_largest,
     sparsifier,
 )
 

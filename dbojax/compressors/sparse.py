@@ -13,7 +13,7 @@ import numpy as np
 
 from dbojax.base import Compressor
 from dbojax.compressors import noise
-from dbojax.compressors.largest import largest
+from dbojax.compressors.largest import of_largest
 from dbojax.compressors.lift import on_trees, stateless
 
 Count = int | float  # entries, or a fraction of the length
@@ -109,24 +109,12 @@ def sparsifier(
     return on_trees(stateless(select, decompress, add, **law))
 
 
-def of_largest(v: jax.Array, k: int) -> jax.Array:
-    """Indices of the ``k`` entries of largest magnitude, in any order: (k,) int32."""
-
-    def by_heap(v):
-        return jax.lax.top_k(jnp.abs(v), k)[1]
-
-    # Measured on CPU, where `lax.top_k` keeps a heap: even at a percent of the length.
-    if 100 * k <= v.size or v.size < 1024:
-        return by_heap(v)
-    return jax.lax.platform_dependent(v, cpu=lambda v: largest(v, k), default=by_heap)
-
-
 def top_k(k: Count) -> Compressor:
     r"""Keep the ``k`` entries of largest magnitude, exactly.
 
     .. math:: \|C(v) - v\|^2 \le (1 - k/d) \|v\|^2.
 
-    Some ten passes over the vector or more, whatever ``k``. :func:`chunked_top_k` keeps
+    Some tens of passes over the vector. :func:`chunked_top_k` keeps
     nearly as much with shorter indices, :func:`block_top_k` costs a fraction. Of equal
     entries the first are kept. A receiver may rely on the set of entries and not on
     their order.
