@@ -61,7 +61,7 @@ def test_counting_finds_what_sorting_finds(d, k, dtype):
 
 
 @pytest.mark.parametrize("k", [20, 300])
-def test_mask_is_what_top_k_sends(k):
+def test_mask_is_what_top_k_sends(k, key):
     """Both forms: a heap for few entries, counting for many."""
     v = kinds(1001, jnp.float32)[:8]
     top = C.top_k(k)
@@ -69,7 +69,7 @@ def test_mask_is_what_top_k_sends(k):
     @jax.jit
     @jax.vmap
     def both(v):
-        payload, _ = top.compress(None, v, ())
+        payload, _ = top.compress(key, v, ())
         return C.keep_largest(v, k), top.decompress(payload, v)
 
     kept, received = both(v)
@@ -81,7 +81,7 @@ def test_mask_is_what_top_k_sends(k):
 
 
 @pytest.mark.parametrize(("d", "k", "chunk"), [(23, 5, 8), (2000, 0.4, 900), (9, 9, 4)])
-def test_chunks_against_a_loop(d, k, chunk):
+def test_chunks_against_a_loop(d, k, chunk, key):
     v = RNG.normal(size=d)
     entries = k if isinstance(k, int) else int(k * d)
     m = -(-d // chunk)
@@ -92,8 +92,9 @@ def test_chunks_against_a_loop(d, k, chunk):
         at = first + by_sorting(v[first : first + c], q)
         want[at] = v[at]
     top = C.chunked_top_k(k, chunk)
-    payload = jax.jit(lambda v: top.compress(None, v, ())[0])(v)
+    payload = jax.jit(lambda v: top.compress(key, v, ())[0])(v)
     np.testing.assert_array_equal(top.decompress(payload, jnp.asarray(v)), want)
+    assert top.delta is not None
     assert top.delta(d) == q / c
     assert ((want - v) ** 2).sum() <= (1 - q / c) * (v**2).sum()
 
