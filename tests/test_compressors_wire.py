@@ -330,7 +330,7 @@ def test_counter_uniform_in_pairs_and_across_seeds():
     """What two neighbours, or two streams alike in one seed word, have in common."""
     words = jax.random.bits(jax.random.key(0), (3, 400), jnp.uint32)
     counter = jnp.arange(1000, dtype=jnp.uint32)
-    stream = jax.vmap(lambda a, b: noise.hashed((a, b), counter) / 2**32)
+    stream = jax.vmap(lambda a, b: noise.hashed(jnp.stack([a, b]), counter) / 2**32)
     one, two = (np.asarray(stream(*words[np.array(at)])) for at in ((0, 1), (0, 2)))
     cells = (16 * one[:, :-1]).astype(int) * 16 + (16 * one[:, 1:]).astype(int)
     counts, each = np.bincount(cells.ravel(), minlength=256), cells.size / 256
