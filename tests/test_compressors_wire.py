@@ -42,7 +42,7 @@ BYTES = {
     "top_k_bfloat16": (C.top_k(0.01), 1000, jnp.bfloat16, 10 * (2 + 2)),
     "block_top_k": (C.block_top_k(0.01), 10_000, jnp.float32, 100 * (4 + 1)),
     "block_top_k_uint16": (C.block_top_k(10), 10_000, jnp.float32, 10 * (4 + 2)),
-    "chunked_top_k": (C.chunked_top_k(0.01), 10_000, jnp.float32, 3 * 34 * (4 + 2)),
+    "chunked_top_k": (C.chunked_top_k(0.01), 10_000, jnp.float32, 100 * (4 + 2)),
     "chunked_top_k_uint8": (
         C.chunked_top_k(0.01, chunk=250),
         10_000,
