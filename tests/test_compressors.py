@@ -16,6 +16,7 @@ CASES = {
     "top_k_int": C.top_k(3),
     "block_top_k": C.block_top_k(0.2),
     "block_top_k_int": C.block_top_k(4),
+    "chunked_top_k": C.chunked_top_k(0.2, chunk=8),
     "random_k": C.random_k(0.25),
     "strided_random_k": C.strided_random_k(5),
     "qsgd1": C.qsgd(1),
@@ -58,6 +59,7 @@ AS_ONE_VECTOR = {
 KINDS = (
     "top_k",
     "block_top_k",
+    "chunked_top_k",
     "random_k",
     "strided_random_k",
     "qsgd7",
@@ -167,7 +169,8 @@ def test_dtype_is_kept_and_finite(c, dtype, key):
 
 @pytest.mark.parametrize("d", [1, 3])
 @pytest.mark.parametrize(
-    "sparsifier", [C.top_k, C.block_top_k, C.random_k, C.strided_random_k]
+    "sparsifier",
+    [C.top_k, C.block_top_k, C.chunked_top_k, C.random_k, C.strided_random_k],
 )
 def test_all_entries_are_the_vector(sparsifier, d, key):
     v = np.arange(1.0, d + 1)
@@ -331,6 +334,14 @@ def refused(message, build):
         refused("`block_top_k.*got k=0", lambda: C.block_top_k(0)),
         refused("`random_k.*got k=2.0", lambda: C.random_k(2.0)),
         refused("`strided_random_k.*got k=-1", lambda: C.strided_random_k(-1)),
+        refused("`chunked_top_k.*got k=0", lambda: C.chunked_top_k(0)),
+        *[
+            pytest.param(
+                r"`chunked_top_k\(k, chunk\)` needs .*got chunk=",
+                lambda chunk=chunk: C.chunked_top_k(0.1, chunk),
+            )
+            for chunk in (0, 65537, 16.0, True)
+        ],
         refused("`qsgd.*1 to 32767.*got levels=0", lambda: C.qsgd(0)),
         refused("`qsgd.*got levels=32768", lambda: C.qsgd(32768)),
         refused("`qsgd.*got levels=2.5", lambda: C.qsgd(2.5)),
@@ -375,7 +386,8 @@ def test_refusals_when_building(message, build):
 
 
 def test_refusals_when_tracing(key):
-    for name in ("top_k", "block_top_k", "random_k", "strided_random_k"):
+    names = "top_k", "block_top_k", "chunked_top_k", "random_k", "strided_random_k"
+    for name in names:
         with pytest.raises(ValueError, match=rf"`{name}\(k=9\)` needs .* got d=8"):
             roundtrip(getattr(C, name)(9), key, jnp.ones(8))
     with pytest.raises(ValueError, match=r"real floating-point.*int32"):

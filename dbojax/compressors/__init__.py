@@ -6,6 +6,9 @@ and treats it as one vector; :func:`per_leaf` and :func:`low_rank` treat each le
 itself.
 """
 
+from dbojax.compressors.blocks import block_top_k as block_top_k
+from dbojax.compressors.blocks import chunked_top_k as chunked_top_k
+from dbojax.compressors.largest import keep_largest as keep_largest
 from dbojax.compressors.lift import on_trees as on_trees
 from dbojax.compressors.lift import per_leaf as per_leaf
 from dbojax.compressors.lift import stateless as stateless
@@ -17,7 +20,6 @@ from dbojax.compressors.quantised import qsgd as qsgd
 from dbojax.compressors.quantised import sign as sign
 from dbojax.compressors.rounding import int8 as int8
 from dbojax.compressors.rounding import natural as natural
-from dbojax.compressors.sparse import block_top_k as block_top_k
 from dbojax.compressors.sparse import random_k as random_k
 from dbojax.compressors.sparse import strided_random_k as strided_random_k
 from dbojax.compressors.sparse import top_k as top_k

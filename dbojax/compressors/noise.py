@@ -18,21 +18,19 @@ def words(key: jax.Array) -> jax.Array:
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
-def mix(h: jax.Array) -> jax.Array:
-    """Permute 32-bit words so that each bit depends on all bits.
+def hashed(seed: jax.Array, counter: jax.Array) -> jax.Array:
+    """One 32-bit word per counter, each bit of it a function of all bits of three.
+
+    The first seed word says where the stream begins, and the second enters half-way,
+    so that two streams that overlap differ all the same.
 
     References:
         Wellons (2018), "Prospecting for hash functions", constants of ``lowbias32``.
     """
-    h = (h ^ (h >> 16)) * np.uint32(0x7FEB352D)
+    h = counter + seed[0]
+    h = (h ^ (h >> 16)) * np.uint32(0x7FEB352D) ^ seed[1]
     h = (h ^ (h >> 15)) * np.uint32(0x846CA68B)
     return h ^ (h >> 16)
-
-
-def hashed(seed: jax.Array, counter: jax.Array) -> jax.Array:
-    """One 32-bit word per counter: two rounds, one per seed word."""
-    first = mix(counter * np.uint32(0x9E3779B9) + seed[0])
-    return mix(first ^ seed[1])
 
 
 def counter_uniform(key: jax.Array, shape=(), dtype=jnp.float32) -> jax.Array:
@@ -61,20 +59,28 @@ def counter_uniform(key: jax.Array, shape=(), dtype=jnp.float32) -> jax.Array:
     return (fraction.astype(dtype) * np.asarray(2.0**-bits, dtype)).reshape(shape)
 
 
-def grid(d: int) -> tuple[int, int]:
-    """Sides of a nearly square grid with at least ``d`` cells, few of them too many."""
-    side = math.isqrt(d - 1) + 1
-    a = min(range(side, side // 2, -1), key=lambda a: -(-d // a) * a)
-    return a, -(-d // a)
+def draws(uniform, key: jax.Array, shape, dtype, bits: int) -> jax.Array:
+    """Integers below ``2**bits`` from a source of uniform numbers of ``dtype``.
+
+    Those of :func:`counter_uniform` need not become floating point on their way.
+    """
+    word = np.dtype(f"uint{jnp.finfo(dtype).bits}")
+    if uniform is not counter_uniform:
+        fractions = uniform(key, shape, dtype) * np.asarray(2.0**bits, dtype)
+        return fractions.astype(f"int{jnp.finfo(dtype).bits}").astype(word)
+    random = hashed(words(key), jax.lax.iota(jnp.uint32, math.prod(shape)))
+    random = (random >> np.uint32(max(0, 32 - bits))).astype(word).reshape(shape)
+    return random << word.type(max(0, bits - 32))
 
 
 def distinct(seed: jax.Array, k: int, d: int) -> jax.Array:
     r"""Choose ``k`` different integers below ``d``, each with probability k / d.
 
-    A Feistel network permutes the grid :math:`Z_a \times Z_b`, :math:`a b \ge d`, whose
-    few cells beyond ``d`` are walked through (Black and Rogaway 2002, "cycle walking").
-    A random rotation afterwards makes each single index uniform whatever the network
-    does (up to d / 2^32), and the law of random_k needs no more than that.
+    One from each of ``k`` runs of neighbours on a circle of length ``d``, of
+    :math:`\lfloor d/k \rfloor` or one more. Where the circle begins is random, which
+    makes each single index uniform (up to d / 2^32) whatever the lengths of the runs,
+    and the law of random_k needs no more than that. Read in order, they cost a part of
+    what scattered ones do.
 
     Args:
         seed: (2,) uint32.
@@ -82,38 +88,19 @@ def distinct(seed: jax.Array, k: int, d: int) -> jax.Array:
         d: at most 2^30.
 
     Returns:
-        Indices (k,) int32 without repeats; the same for the same seed.
+        Indices (k,) int32 without repeats, rising but for one step back; the same for
+        the same seed.
 
     Examples:
         >>> sorted(distinct(jnp.array([1, 2], jnp.uint32), 7, 7).tolist())
         [0, 1, 2, 3, 4, 5, 6]
     """
-    a, b = grid(d)
-    keys = hashed(seed, jax.lax.iota(jnp.uint32, 5))
-
-    def below(bound, h):  # the upper half of a word, scaled: no division
-        return ((h >> 16) * np.uint32(bound)) >> 16
-
-    def add_modulo(i, j, modulus):  # i, j < modulus
-        total = i + j
-        return jnp.where(total >= modulus, total - np.uint32(modulus), total)
-
-    def two_rounds(r, sides):
-        left, right = sides
-        left = add_modulo(left, below(a, mix(right + keys[2 * r])), a)
-        return left, add_modulo(right, below(b, mix(left + keys[2 * r + 1])), b)
-
-    def permuted(i):
-        sides = i // np.uint32(b), i % np.uint32(b)
-        # A loop, lest the compiler computes an index anew at each of its uses.
-        left, right = jax.lax.fori_loop(0, 2, two_rounds, sides)
-        return left * np.uint32(b) + right
-
-    found = permuted(jax.lax.iota(jnp.uint32, k))
-    if a * b > d:
-        found = jax.lax.while_loop(
-            lambda i: jnp.any(i >= d),
-            lambda i: jnp.where(i >= d, permuted(i), i),
-            found,
-        )
-    return add_modulo(found, keys[4] % np.uint32(d), d).astype(jnp.int32)
+    length, longer = divmod(d, k)
+    runs = jax.lax.iota(jnp.uint32, k)
+    lengths = np.uint32(length) + (runs < longer).astype(jnp.uint32)
+    random = hashed(seed, runs)
+    # The upper bits, scaled, where that fits into a word: no division.
+    steps = ((random >> 8) * lengths) >> 24 if length < 256 else random % lengths
+    begin = hashed(seed, jnp.uint32(k)) % np.uint32(d)
+    at = begin + runs * np.uint32(length) + jnp.minimum(runs, np.uint32(longer)) + steps
+    return jnp.where(at >= d, at - np.uint32(d), at).astype(jnp.int32)

@@ -25,37 +25,55 @@ class Packed(NamedTuple):
 def pack(codes: jax.Array, bits: int) -> jax.Array:
     """Put ``32 // bits`` codes into each word; a code is an integer below ``2**bits``.
 
-    The layout is strided (code ``i`` lies in word ``i mod m``), so that both directions
-    read and write whole runs. The loops, here and in :func:`unpack`, also keep the
-    compiler from computing each code anew for each of its neighbours in a word.
+    Neighbours share a word, so that both directions are one pass over the codes.
     """
-    slots = 32 // bits
-    m = -(-codes.size // slots)
-    runs = jnp.pad(codes.astype(code_type(bits)), (0, m * slots - codes.size))
-
-    def put(slot, words):
-        run = jax.lax.dynamic_slice(runs, (slot * m,), (m,)).astype(jnp.uint32)
-        return words | (run << (bits * slot).astype(jnp.uint32))
-
-    return jax.lax.fori_loop(0, slots, put, jnp.zeros(m, jnp.uint32))
+    return jnp.sum(shifted(codes, bits), axis=1, dtype=jnp.uint32)
 
 
 def unpack(words: jax.Array, bits: int, d: int) -> jax.Array:
-    """Undo :func:`pack` for ``d`` codes: (d,) of the type that holds a code."""
-    slots, m = 32 // bits, words.size
-    mask = np.uint32((1 << bits) - 1)
-
-    def take(slot, codes):
-        run = (words >> (bits * slot).astype(jnp.uint32)) & mask
-        return jax.lax.dynamic_update_slice(codes, run.astype(codes.dtype), (slot * m,))
-
-    codes = jnp.zeros(slots * m, code_type(bits))
-    return jax.lax.fori_loop(0, slots, take, codes)[:d]
+    """Undo :func:`pack` for ``d`` codes: (d,) uint32."""
+    words = jnp.broadcast_to(words[:, None], (words.size, 32 // bits))
+    return ((words >> places(words, bits)) & np.uint32((1 << bits) - 1)).reshape(-1)[:d]
 
 
-def code_type(bits: int) -> np.dtype:
-    """Smallest unsigned integer type of at least ``bits`` bits."""
-    return np.min_scalar_type((1 << bits) - 1)
+def shifted(codes: jax.Array, bits: int) -> jax.Array:
+    """Each code at its place in its word: (words, 32 // bits) uint32."""
+    runs = in_runs(codes, 32 // bits).astype(jnp.uint32)
+    return runs << places(runs, bits)
+
+
+def places(rows: jax.Array, bits: int) -> jax.Array:
+    """Where in its word each code of a row begins; ``rows`` are (m, 32 // bits)."""
+    # XLA would make a constant of this and hand it to every use as data, where the
+    # shifts then are not known and cost thrice as much. It does not know this zero;
+    # the compiler of the kernel does.
+    zero = (rows >> np.uint32(31)) >> np.uint32(1)
+    return (jax.lax.broadcasted_iota(jnp.uint32, rows.shape, 1) + zero) * np.uint32(
+        bits
+    )
+
+
+def in_runs(v: jax.Array, length: int) -> jax.Array:
+    """``v`` in rows of ``length`` neighbours, with zeros at its end."""
+    rows = -(-v.size // length)
+    return jnp.pad(v, (0, rows * length - v.size)).reshape(rows, length)
+
+
+def for_runs(values: jax.Array, length: int, d: int) -> jax.Array:
+    """One value for each row of :func:`in_runs`, repeated for its entries: (d,)."""
+    return jnp.broadcast_to(values[:, None], (values.size, length)).reshape(-1)[:d]
+
+
+def low_bits(whole: jax.Array, bits: int) -> jax.Array:
+    """Whole floating-point numbers modulo ``2**bits``, without a conversion.
+
+    One costs several instructions, for numbers out of range. Beside a number that
+    fills the mantissa, the lowest bits of the sum are the number's own.
+    """
+    info = jnp.finfo(whole.dtype)
+    filled = whole + np.asarray(1.5 * 2.0**info.nmant, whole.dtype)
+    word = np.dtype(f"uint{info.bits}").type
+    return jax.lax.bitcast_convert_type(filled, word) & word((1 << bits) - 1)
 
 
 def widened(v: jax.Array) -> jax.Array:
@@ -130,18 +148,19 @@ def qsgd(
 
     def compress(key, v):
         v = widened(v)
-        magnitude = jnp.abs(v)
         norm = jnp.sqrt(jnp.vdot(v, v, precision="highest"))
-        u = magnitude * (s / jnp.maximum(norm, s * jnp.finfo(v.dtype).tiny))
-        floor = jnp.floor(u)
-        up = uniform(key, v.shape, v.dtype) < u - floor
+        u = jnp.abs(v) * (s / jnp.maximum(norm, s * jnp.finfo(v.dtype).tiny))
+        # One step more than the whole part with the probability of the rest.
+        q = jnp.ceil(u - uniform(key, v.shape, v.dtype))
         # The norm is rounded too: its own entry may come out above s by an ulp.
-        q = jnp.minimum(floor.astype(jnp.int32) + up, s)
-        return Packed(pack(jnp.where(v < 0, s - q, s + q), bits), norm)
+        q = jnp.where(q > s, jnp.asarray(s, v.dtype), q)
+        return Packed(pack(low_bits(jnp.where(v < 0, s - q, s + q), bits), bits), norm)
 
     def decompress(payload, like):
-        codes = unpack(payload.words, bits, like.size).astype(payload.scale.dtype)
-        return (payload.scale * ((codes - s) / s)).astype(like.dtype)
+        steps = unpack(payload.words, bits, like.size).astype(jnp.int32) - s
+        kind = payload.scale.dtype
+        # As u is scaled; and a norm that is not finite makes all of them NaN.
+        return (payload.scale * (steps.astype(kind) / s)).astype(like.dtype)
 
     def omega(d):
         return min(d / s**2, d**0.5 / s)
@@ -175,7 +194,15 @@ def sign() -> Compressor:
 
     def compress(key, v):
         del key
-        return Packed(pack(v >= 0, 1), jnp.mean(jnp.abs(widened(v))))
+        magnitude = jnp.abs(widened(v))
+        # Both in one pass, padded apart, lest the compiler store what they share.
+        words, sums = jax.lax.reduce(
+            (shifted(v >= 0, 1), in_runs(magnitude, 32)),
+            (np.uint32(0), np.zeros((), magnitude.dtype)),
+            lambda a, b: (a[0] | b[0], a[1] + b[1]),
+            dimensions=(1,),
+        )
+        return Packed(words, jnp.sum(sums) / v.size)
 
     def decompress(payload, like):
         positive = unpack(payload.words, 1, like.size) == 1

@@ -12,8 +12,15 @@ import numpy as np
 
 from dbojax.base import Compressor
 from dbojax.compressors.lift import on_trees, stateless
-from dbojax.compressors.noise import counter_uniform
-from dbojax.compressors.quantised import pack, unpack, widened
+from dbojax.compressors.noise import counter_uniform, draws
+from dbojax.compressors.quantised import (
+    for_runs,
+    in_runs,
+    low_bits,
+    pack,
+    unpack,
+    widened,
+)
 
 
 class Powers(NamedTuple):
@@ -84,8 +91,7 @@ def natural(
         bits = jax.lax.bitcast_convert_type(v, word)
         sign = word(1 << (info.bits - 1))
         magnitude = bits & (sign - word(1))
-        draw = uniform(key, v.shape, v.dtype) * np.asarray(2.0 ** (digits + 1), v.dtype)
-        draw = draw.astype(f"int{info.bits}").astype(word)
+        draw = draws(uniform, key, v.shape, v.dtype, digits + 1)
         # Below the exponent lies f in units of 2^-digits: adding as many random bits
         # carries with probability f. Below the smallest power the bits, denormal or
         # not, are the entry itself in units of 2^-(digits + 1) of that power.
@@ -182,26 +188,31 @@ def int8(
         return d if block is None else min(int(block), d)
 
     def in_blocks(v):
-        m = width(v.size)
-        rows = -(-v.size // m)
-        return jnp.pad(v, (0, rows * m - v.size)).reshape(rows, m)
+        return in_runs(v, width(v.size))
 
     def compress(key, v):
-        rows = in_blocks(widened(v))
-        least = 127 * float(jnp.finfo(rows.dtype).tiny)
-        scales = jnp.maximum(jnp.max(jnp.abs(rows), axis=1), least)
+        v = widened(v)
+        none = np.zeros((), v.dtype)
+        highest, lowest = jax.lax.reduce(
+            (in_blocks(v), in_blocks(-v)),
+            (none, none),
+            lambda a, b: (jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1])),
+            dimensions=(1,),
+        )
+        least = 127 * float(jnp.finfo(v.dtype).tiny)
+        scales = jnp.maximum(jnp.maximum(highest, lowest), least)
         # 1 / scale could be a denormal number, which becomes zero; 127 / scale is not.
-        u = rows * (127 / scales)[:, None]
-        floor = jnp.floor(u)
-        up = uniform(key, u.shape, u.dtype) < u - floor
+        u = v * for_runs(127 / scales, width(v.size), v.size)
+        # One step more than the whole part below with the probability of the rest.
+        q = jnp.ceil(u - uniform(key, u.shape, u.dtype))
         # The quotient is rounded: the largest entry may be above 127 by an ulp.
-        codes = jnp.clip(floor + up, -127, 127).astype(jnp.int8)
-        return Integers(codes.reshape(-1)[: v.size], scales)
+        codes = low_bits(jnp.clip(q, -127, 127), 8).astype(jnp.uint8)
+        return Integers(jax.lax.bitcast_convert_type(codes, jnp.int8), scales)
 
     def decompress(payload, like):
-        fractions = in_blocks(payload.codes).astype(payload.scales.dtype) / 127
-        values = fractions * payload.scales[:, None]
-        return values.reshape(-1)[: like.size].astype(like.dtype)
+        fractions = payload.codes.astype(payload.scales.dtype) / 127
+        values = fractions * for_runs(payload.scales, width(like.size), like.size)
+        return values.astype(like.dtype)
 
     def omega(d):
         return ((1 + (width(d) - 1) / 127**2) ** 0.5 - 1) / 2 if d else 0.0

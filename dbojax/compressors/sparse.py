@@ -13,6 +13,7 @@ import numpy as np
 
 from dbojax.base import Compressor
 from dbojax.compressors import noise
+from dbojax.compressors.largest import of_largest
 from dbojax.compressors.lift import on_trees, stateless
 
 Count = int | float  # entries, or a fraction of the length
@@ -32,11 +33,11 @@ class Seeded(NamedTuple):
     seed: jax.Array  # (2,) uint32
 
 
-class Rows(NamedTuple):
-    """Message of a sparsifier of the (ceil(d / k), k) grid: one entry per column."""
+class Run(NamedTuple):
+    """Message of :func:`strided_random_k`."""
 
     values: jax.Array  # (k,)
-    rows: jax.Array  # (k,) or (), the smallest unsigned type that counts the rows
+    row: jax.Array  # (), the smallest unsigned type that counts the runs
 
 
 def counter(name: str, count: Count) -> Callable[[int], int]:
@@ -113,8 +114,10 @@ def top_k(k: Count) -> Compressor:
 
     .. math:: \|C(v) - v\|^2 \le (1 - k/d) \|v\|^2.
 
-    Quick while ``k`` is up to some percent of ``d``; for more, :func:`block_top_k`
-    costs a fraction and keeps nearly as much.
+    Some tens of passes over the vector. :func:`chunked_top_k` keeps
+    nearly as much with shorter indices, :func:`block_top_k` costs a fraction. Of equal
+    entries the first are kept. A receiver may rely on the set of entries and not on
+    their order.
 
     Args:
         k: int = entries, float = fraction of the length.
@@ -140,7 +143,7 @@ def top_k(k: Count) -> Compressor:
 
     def select(key, v):
         del key
-        _, at = jax.lax.top_k(jnp.abs(v), entries("top_k", k, v.size))
+        at = of_largest(v, entries("top_k", k, v.size))
         return Sparse(v[at], at.astype(narrow(v.size)))
 
     def indices(payload, d):
@@ -148,64 +151,6 @@ def top_k(k: Count) -> Compressor:
         return payload.indices.astype(jnp.int32)
 
     return sparsifier(select, indices, delta=lambda d: min(1.0, kept(d) / d))
-
-
-def block_top_k(k: Count) -> Compressor:
-    r"""Keep the largest entry of each of ``k`` strided blocks.
-
-    Block :math:`j` is :math:`\{j, j + k, j + 2k, \dots\}`, of at most
-    :math:`m = \lceil d/k \rceil` entries, so
-
-    .. math:: \|C(v) - v\|^2 \le (1 - 1/m) \|v\|^2.
-
-    The worst case of :func:`top_k` at a few passes over the vector, whatever ``k``.
-
-    Args:
-        k: number of blocks, int = entries, float = fraction of the length.
-
-    Returns:
-        A biased compressor with ``delta = 1 / ceil(d / k)``; a kept entry costs its own
-        bytes and a row number, one byte while ``k >= d / 256``.
-
-    Raises:
-        ValueError: if ``k`` is neither; at trace time, if it exceeds the length.
-
-    Examples:
-        >>> v = jnp.array([1.0, -5.0, 2.0, 4.0])  # blocks (1, 2) and (-5, 4)
-        >>> top = block_top_k(2)
-        >>> payload, _ = top.compress(None, v, ())
-        >>> top.decompress(payload, v).tolist()
-        [0.0, -5.0, 2.0, 0.0]
-    """
-    kept = counter("block_top_k", k)
-
-    def select(key, v):
-        del key
-        columns = entries("block_top_k", k, v.size)
-        m = num_rows(columns, v.size)
-        grid = jnp.pad(v, (0, m * columns - v.size)).reshape(m, columns)
-
-        def keep_larger(i, best):
-            value, row = best
-            # A padded zero never wins; a NaN always does, so that it is seen.
-            wins = (jnp.abs(grid[i]) > jnp.abs(value)) | jnp.isnan(grid[i])
-            return jnp.where(wins, grid[i], value), jnp.where(wins, i, row)
-
-        start = grid[0], jnp.zeros(columns, jnp.int32)
-        values, rows = jax.lax.fori_loop(1, m, keep_larger, start)
-        return Rows(values, rows.astype(narrow(m)))
-
-    def indices(payload, d):
-        del d
-        columns = payload.values.size
-        return payload.rows.astype(jnp.int32) * columns + jax.lax.iota(
-            jnp.int32, columns
-        )
-
-    def delta(d):
-        return 1 / num_rows(min(kept(d), d), d)
-
-    return sparsifier(select, indices, delta=delta)
 
 
 def random_k(k: Count) -> Compressor:
@@ -289,11 +234,11 @@ def strided_random_k(k: Count) -> Compressor:
         m = num_rows(columns, v.size)
         row = jax.random.randint(key, (), 0, m).astype(narrow(m))
         values = v.at[at(row, columns)].get(mode="fill", fill_value=0)
-        return Rows(values, row)
+        return Run(values, row)
 
     def indices(payload, d):
         del d
-        return at(payload.rows, payload.values.size)
+        return at(payload.row, payload.values.size)
 
     def gain(d):
         return float(num_rows(min(kept(d), d), d))
