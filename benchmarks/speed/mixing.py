@@ -1,0 +1,129 @@
+"""Mixing: one, two and three rounds of ``W v`` on six graphs, against copying ``v``.
+
+    python benchmarks/speed/mixing.py
+
+"other array" writes the result beside v, "in place" is v <- W v, whose first part is a
+copy that the compiler makes of v. Rounds in a row are against their sum.
+"""
+
+import start
+
+start.ready()
+
+import functools
+import math
+
+import floors
+import jax
+import numpy as np
+from records import normal, power, row
+
+import dbojax as dbo
+
+t = dbo.topology
+SMALL = [(8, 1000), (8, 100_000), (64, 1000), (64, 100_000)]
+MORE = [(512, 1000), (512, 10_000), (4096, 1000)]
+LARGE = [(8, 10_000_000), (64, 1_000_000), (4096, 10_000)]
+WIDE = 1.6e7  # entries beyond which fewer graphs and rounds are measured
+BOUNDED = {"ring": 2, "torus": 3, "16 neighbours": 5}  # graph -> most floors
+
+
+def weights():
+    """Name -> number of nodes -> W."""
+
+    def torus(n):
+        rows = 2 ** (int(math.log2(n)) // 2)
+        return t.torus(rows, n // rows)
+
+    graphs = {
+        "ring": t.ring,
+        "torus": torus,
+        "hypercube": t.hypercube,
+        "16 neighbours": lambda n: t.ring(n, 8),
+        "Erdős–Rényi": lambda n: t.erdos_renyi(n, min(1, 2 * math.log(n) / n), seed=1),
+        "complete": t.complete,
+    }
+    return {
+        name: functools.partial(lambda graph, n: t.metropolis(graph(n)), graph)
+        for name, graph in graphs.items()
+    }
+
+
+def form(mix, v):
+    """Which form the mixer chose, read off the program it makes."""
+    if mix.averages:
+        return "averaging"
+    program = str(jax.make_jaxpr(mix.apply)(v))
+    if "gather" in program:
+        return "neighbours"
+    return "dense" if "dot_general" in program else "shifts"
+
+
+def in_a_row(mix, count):
+    def rounds(v):
+        for _ in range(count):
+            v = mix.apply(v)
+        return v
+
+    return rounds
+
+
+def steps(mix, v, wide):
+    """Label -> (step, carry)."""
+    beside = v, np.zeros_like(v)
+    found = {
+        f"{count} round{'s' if count > 1 else ''}": (
+            floors.elsewhere(in_a_row(mix, count)),
+            beside,
+        )
+        for count in ((1, 2) if wide else (1, 2, 3))
+    }
+    return {**found, "in place": (lambda v, i: mix.apply(v), v)}
+
+
+def measure(name, w, v, options):
+    """The lines of one graph and size."""
+    mix, (n, d) = dbo.mixing.mixer(w), v.shape
+    wide = v.size > WIDE
+    budget = options.budget(8 if wide else 1.5)
+    found = floors.against_floor(steps(mix, v, wide), v, options.turns, budget)
+    more = {"nodes": n, "length": d, "graph": name, "form": form(mix, v)}
+    more["slots"] = mix.weights.shape[1]
+    one, other = found["1 round"][2], found["other floor"][2]
+    for label, (program, ratio, seconds) in found.items():
+        if label in ("floor", "other floor"):
+            continue
+        case = f"{name}, n={n}, d={power(d)}, {label}"
+        line = row("mixing", case, "copy", program, ratio, seconds, **more)
+        line["rounds"] = label
+        line["of the other floor"] = float(np.median(seconds / other))
+        if label[0] in "23":
+            share = seconds / (int(label[0]) * one)
+            line["of their sum"] = float(np.median(share))
+            line["of their sum, low"] = float(np.quantile(share, 0.25))
+        yield line
+
+
+def cases(options):
+    """(name, W of n, n, d) in the order in which they are measured."""
+    graphs = weights()
+    for n, d in SMALL if options.short else SMALL + MORE + LARGE:
+        for name, make in graphs.items():
+            if name == "16 neighbours" and n < 32:
+                continue
+            if n * d > WIDE and name not in BOUNDED:
+                continue
+            yield name, make, n, d
+
+
+def rows(options):
+    found, matrix = [], functools.lru_cache(lambda name, n: weights()[name](n))
+    for name, _, n, d in cases(options):
+        found += measure(name, matrix(name, n), normal(n, d), options)
+    return found
+
+
+if __name__ == "__main__":
+    from run import main
+
+    main(["--only", "mixing"])
