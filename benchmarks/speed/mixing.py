@@ -24,6 +24,7 @@ t = dbo.topology
 SMALL = [(8, 1000), (8, 100_000), (64, 1000), (64, 100_000)]
 MORE = [(512, 1000), (512, 10_000), (4096, 1000)]
 LARGE = [(8, 10_000_000), (64, 1_000_000), (4096, 10_000)]
+SHORT = [(8, 1000), (64, 100_000)]
 WIDE = 1.6e7  # entries beyond which fewer graphs and rounds are measured
 BOUNDED = {"ring": 2, "torus": 3, "16 neighbours": 5}  # graph -> most floors
 
@@ -81,9 +82,9 @@ def steps(mix, v, wide):
     return {**found, "in place": (lambda v, i: mix.apply(v), v)}
 
 
-def measure(name, w, v, options):
+def measure(name, mix, v, options):
     """The lines of one graph and size."""
-    mix, (n, d) = dbo.mixing.mixer(w), v.shape
+    n, d = v.shape
     wide = v.size > WIDE
     budget = options.budget(8 if wide else 1.5)
     found = floors.against_floor(steps(mix, v, wide), v, options.turns, budget)
@@ -105,25 +106,24 @@ def measure(name, w, v, options):
 
 
 def cases(options):
-    """(name, W of n, n, d) in the order in which they are measured."""
+    """(graph, n, d) in the order in which they are measured."""
     graphs = weights()
-    for n, d in SMALL if options.short else SMALL + MORE + LARGE:
-        for name, make in graphs.items():
-            if name == "16 neighbours" and n < 32:
-                continue
-            if n * d > WIDE and name not in BOUNDED:
-                continue
-            yield name, make, n, d
+    for n, d in SHORT if options.short else SMALL + MORE + LARGE:
+        for name in graphs:
+            fits = name != "16 neighbours" or n >= 32
+            if fits and (name in BOUNDED or (n * d <= WIDE and not options.short)):
+                yield name, n, d
 
 
 def rows(options):
-    found, matrix = [], functools.lru_cache(lambda name, n: weights()[name](n))
-    for name, _, n, d in cases(options):
-        found += measure(name, matrix(name, n), normal(n, d), options)
+    found, mixes = [], functools.lru_cache(lambda name, n: mixer(graphs[name](n)))
+    graphs, mixer = weights(), dbo.mixing.mixer
+    for name, n, d in cases(options):
+        found += measure(name, mixes(name, n), normal(n, d), options)
     return found
 
 
 if __name__ == "__main__":
-    from run import main
+    import run
 
-    main(["--only", "mixing"])
+    raise SystemExit(run.alone("mixing"))

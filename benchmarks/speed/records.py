@@ -1,4 +1,4 @@
-"""Rows of the tables: one figure against its floor, with quartiles and what it costs."""
+"""Lines of the tables: a figure against its floor, with quartiles and what it costs."""
 
 from typing import NamedTuple
 
