@@ -12,8 +12,7 @@ start.ready()
 
 import floors
 import jax
-import numpy as np
-from records import normal, power, row
+from records import copy_row, normal, power
 
 import dbojax as dbo
 
@@ -108,17 +107,15 @@ def rows(options):
         at: (exchange(part, key), (v, jax.jit(part.init)(0 * v)))
         for at, part in parts.items()
     }
-    found = floors.against_floor(steps, v, options.turns, options.budget(60))
-    size, other = f"n={NODES}, d={power(LENGTH)}", found["other floor"][2]
-    lines = []
+    found = floors.against_floor(steps, v, options.turns, options.budget(40))
+    size, lines = f"n={NODES}, d={power(LENGTH)}", []
     for (name, neighbours), part in parts.items():
         where = "server" if neighbours is None else f"{neighbours} neighbours"
-        values = found[name, neighbours]
-        line = row("channels", f"{name}, {where}, {size}", "copy", *values)
+        case, at = f"{name}, {where}, {size}", (name, neighbours)
+        line = copy_row("channels", case, found, at)
         line |= {"channel": name, "nodes": NODES, "length": LENGTH}
         line["degree"] = neighbours
         line["message bytes"] = message(part, v)
-        line["of the other floor"] = float(np.median(values[2] / other))
         lines.append(line)
     return lines
 

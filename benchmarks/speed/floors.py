@@ -83,7 +83,7 @@ def elsewhere(function):
 def repeats_for(seconds):
     """How many steps of so many seconds a call takes."""
     many = max(REPEATS, SHORTEST / seconds)
-    return int(np.clip(LONGEST / seconds, 2, many))
+    return int(np.clip(LONGEST / seconds, 1, many))
 
 
 def in_turns(programs, carries, turns=20, budget=float("inf")):
@@ -107,9 +107,8 @@ def in_turns(programs, carries, turns=20, budget=float("inf")):
         return (time.perf_counter() - start) / repeats[label]
 
     for label in programs:
-        timed(label)
-        repeats[label] = repeats_for(timed(label))
-        if repeats[label] > 2:
+        if timed(label) < LONGEST:
+            repeats[label] = repeats_for(timed(label))
             repeats[label] = repeats_for(timed(label))
     end = time.perf_counter() + budget
     for turn in range(turns):

@@ -115,8 +115,8 @@ def sweeps(options):
     """Sweep -> (sizes, size -> programs, the sizes that are fitted)."""
     nodes, lengths, degrees, depths = NODES, LENGTHS, DEGREES, DEPTHS
     if options.short:
-        nodes, lengths = nodes[:-1], lengths[::2]
-        degrees, depths = degrees[:3], depths[:3]
+        nodes, lengths = nodes[1:-1], lengths[2:5]
+        degrees, depths = degrees[::2], depths[:3:2]
     large_n = [n for n in nodes if 1000 * n >= FITTED]
     large_d = [d for d in lengths if 8 * d >= FITTED]
     return {
@@ -127,6 +127,11 @@ def sweeps(options):
     }
 
 
+def named(label, sweep):
+    """What a line of a sweep is called."""
+    return UNIT_OF.get(sweep, "copy of an array") if label == UNIT else label
+
+
 def measure(sweep, sizes, programs, fitted, options):
     """The lines of one sweep, sizes first, exponents last; all sizes take turns."""
     steps = {
@@ -134,19 +139,19 @@ def measure(sweep, sizes, programs, fitted, options):
         for size in sizes
         for label, parts in programs(size).items()
     }
-    found = floors.measured(steps, options.turns, options.budget(40))
+    found = floors.measured(steps, options.turns, options.budget(25))
     unit = "gradient" if sweep == "T" else "copy"
     lines, labels = [], dict.fromkeys(label for label, _ in steps)
     for (label, size), (program, seconds) in found.items():
         base = found[UNIT, size][1]
-        case = f"{label}, {sweep}={power(size)}"
+        case = f"{named(label, sweep)}, {sweep}={power(size)}"
         line = row("growth", case, unit, program, seconds / base, seconds)
         line |= {"sweep": sweep, "size": size, "what": label}
         lines.append(line)
     for label in labels:
         times = [found[label, size][1] for size in fitted]
         slopes = exponents(fitted, times)
-        case = f"{label}, exponent in {sweep}"
+        case = f"{named(label, sweep)}, exponent in {sweep}"
         line = row("exponents", case, "fit", None, slopes, times[-1])
         line |= {"sweep": sweep, "what": label}
         line["fitted"] = f"{power(fitted[0])} to {power(fitted[-1])}"
@@ -198,8 +203,8 @@ def plot(lines, path):
                 for x in here
                 if x["group"] == "growth" and x["what"] == label
             ]
-            named = UNIT_OF.get(sweep, "copy of an array") if label == UNIT else label
-            ax.loglog(*zip(*points, strict=True), "o-", label=f"{named}: {slope:.2f}")
+            text = f"{named(label, sweep)}: {slope:.2f}"
+            ax.loglog(*zip(*points, strict=True), "o-", label=text)
         ax.set(xlabel=sweep, ylabel="ms per step" if sweep == "n" else "")
         ax.legend(fontsize="x-small", title="exponent", title_fontsize="x-small")
     figure.tight_layout()

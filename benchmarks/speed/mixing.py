@@ -15,8 +15,9 @@ import math
 
 import floors
 import jax
+import jax.numpy as jnp
 import numpy as np
-from records import normal, power, row
+from records import copy_row, normal, power
 
 import dbojax as dbo
 
@@ -71,7 +72,7 @@ def in_a_row(mix, count):
 
 def steps(mix, v, wide):
     """Label -> (step, carry)."""
-    beside = v, np.zeros_like(v)
+    beside = v, jnp.zeros_like(v)
     found = {
         f"{count} round{'s' if count > 1 else ''}": (
             floors.elsewhere(in_a_row(mix, count)),
@@ -86,18 +87,16 @@ def measure(name, mix, v, options):
     """The lines of one graph and size."""
     n, d = v.shape
     wide = v.size > WIDE
-    budget = options.budget(8 if wide else 1.5)
+    budget = options.budget(6 if wide else 1.5)
     found = floors.against_floor(steps(mix, v, wide), v, options.turns, budget)
     more = {"nodes": n, "length": d, "graph": name, "form": form(mix, v)}
     more["slots"] = mix.weights.shape[1]
-    one, other = found["1 round"][2], found["other floor"][2]
-    for label, (program, ratio, seconds) in found.items():
+    one = found["1 round"][2]
+    for label, (_, _, seconds) in found.items():
         if label in ("floor", "other floor"):
             continue
         case = f"{name}, n={n}, d={power(d)}, {label}"
-        line = row("mixing", case, "copy", program, ratio, seconds, **more)
-        line["rounds"] = label
-        line["of the other floor"] = float(np.median(seconds / other))
+        line = copy_row("mixing", case, found, label, rounds=label, **more)
         if label[0] in "23":
             share = seconds / (int(label[0]) * one)
             line["of their sum"] = float(np.median(share))

@@ -14,7 +14,7 @@ class Options(NamedTuple):
 
     def budget(self, seconds):
         """Seconds for a set of programs that take turns."""
-        return seconds / 4 if self.short else seconds
+        return seconds / 6 if self.short else seconds
 
 
 def row(group, case, base, program, ratio, seconds, **more):
@@ -40,12 +40,13 @@ def row(group, case, base, program, ratio, seconds, **more):
     }
 
 
-def floor_rows(group, size, found):
-    """What one array is copied at: the lines of both floors."""
-    return [
-        row(group, f"{size}, {label}", "floor", *found[label])
-        for label in ("floor", "other floor")
-    ]
+def copy_row(group, case, found, label, **more):
+    """The line of what :func:`floors.against_floor` found under a label."""
+    floor, other = (found[name][2] for name in ("floor", "other floor"))
+    program, ratio, seconds = found[label]
+    more["floor ms"] = 1e3 * float(np.median(floor))
+    more["of the other floor"] = float(np.median(seconds / other))
+    return row(group, case, "copy", program, ratio, seconds, **more)
 
 
 def exponents(sizes, seconds):

@@ -153,15 +153,16 @@ def short(lines):
 
 # Columns of the tables of a page, beside case and ratio; empty ones are left out.
 COLUMNS = {
-    "mixing": ("of the other floor", "of their sum", "form", "slots"),
+    "mixing": ("floor ms", "of the other floor", "of their sum", "form", "slots"),
     "compressors": (
+        "floor ms",
         "of the other floor",
         "lax.top_k / this",
         "message bytes",
         "error",
         "law",
     ),
-    "channels": ("of the other floor", "message bytes"),
+    "channels": ("floor ms", "of the other floor", "message bytes"),
     "hypergradients": (
         "of by hand",
         "operations of by hand",
