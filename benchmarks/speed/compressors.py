@@ -116,9 +116,10 @@ def error(compressor, v):
 
 
 def law(compressor, d):
+    """The most that the error may be on average; empty where none is declared."""
     if compressor.delta is not None:
         return 1 - compressor.delta(d)
-    return compressor.omega(d)
+    return compressor.omega(d) if compressor.omega is not None else ""
 
 
 def measure(n, d, options):

@@ -85,15 +85,14 @@ def parse(arguments):
 def main(arguments=None):
     given = parse(arguments)
     options = Options(given.short, min(given.turns, 7) if given.short else given.turns)
-    head = f"{header()}; JAX {jax.__version__}, {jax.devices()[0].platform}"
-    print(head, flush=True)
+    print(header(), flush=True)
     lines = measure(given.only, options)
     write_csv(given.out, lines)
     if "growth" in given.only:
         growth.plot(lines, given.out.with_name(f"{given.out.stem}_growth.png"))
     print("", *summary.short(lines), sep="\n")
     if given.markdown:
-        summary.insert(given.markdown, head, lines)
+        summary.insert(given.markdown, header(), lines)
     own = baseline.FOLDER / f"{baseline.device_name(jax.devices()[0])}.csv"
     failed = 0
     if given.against is not None:
