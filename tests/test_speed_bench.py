@@ -94,7 +94,7 @@ def test_exponents_of_powers_are_exact(speed):
 
 def test_long_steps_are_repeated_less_and_short_ones_more(speed):
     floors = speed("floors")
-    repeats = [floors.repeats_for(s) for s in (2.0**-20, 1e-3, 0.06, 10.0)]
+    repeats = [floors.repeats_for(s) for s in (2.0**-20, 1e-3, 0.03, 10.0)]
     assert repeats == [5242, floors.REPEATS, 3, 1]
 
 
@@ -112,6 +112,16 @@ def test_a_program_takes_the_steps_it_is_told_and_counts_one(speed):
     np.testing.assert_allclose(kept, v)
     np.testing.assert_allclose(out, v[::-1])
     assert not np.isnan(add.operations)
+
+
+def test_a_target_is_met_by_its_worst_figure(speed):
+    target = speed("records").Target
+    found = [(1.0, "a"), (3.0, "b")]
+    assert target("at most", 3, found).met
+    assert not target("at most", 2.9, found).met
+    assert target("at most", 2.9, found).worst == (3.0, "b")
+    assert target("at least", 1, found, at_least=True).met
+    assert not target("at least", 2, found, at_least=True).met
 
 
 def test_ratios_are_taken_within_a_turn(speed, monkeypatch):

@@ -102,17 +102,21 @@ def message(compressor, v):
     return dbo.trees.nbytes(payload)
 
 
-def error(compressor, v):
-    """|C(v) - v|^2 / |v|^2 on average over the nodes."""
+def errors(parts, v):
+    """Label -> |C(v) - v|^2 / |v|^2 on average over some nodes."""
 
-    @jax.jit
-    def one(key, v):
+    def one(compressor, key, v):
         payload, _ = compressor.compress(key, v, compressor.init(v))
         gap = compressor.decompress(payload, v) - v
         return jnp.vdot(gap, gap) / jnp.vdot(v, v)
 
+    @jax.jit
+    def all_of_them(key, v):
+        return {label: one(part, key, v) for label, part in parts.items()}
+
     keys = jax.random.split(jax.random.key(2), min(4, len(v)))
-    return float(np.mean([one(key, v[i]) for i, key in enumerate(keys)]))
+    found = [all_of_them(key, v[i]) for i, key in enumerate(keys)]
+    return jax.tree.map(lambda *values: float(np.mean(values)), *found)
 
 
 def law(compressor, d):
@@ -134,7 +138,7 @@ def measure(n, d, options):
         if hasattr(c, "keep_largest"):
             steps[f"keep_largest({share:g})"] = masked(share), v
     found = floors.against_floor(steps, v, options.turns, options.budget(20))
-    size = f"n={n}, d={power(d)}"
+    size, gaps = f"n={n}, d={power(d)}", errors(parts, v)
     for label in steps:
         line = copy_row("compressors", f"{label}, {size}", found, label)
         line |= {"nodes": n, "length": d, "compressor": label}
@@ -143,10 +147,9 @@ def measure(n, d, options):
         if label.startswith(("top_k", "keep_largest")) and plain is not None:
             line["lax.top_k / this"] = float(np.median(plain / found[label][2]))
         if label in parts:
-            part = parts[label]
-            line["message bytes"] = message(part, v)
-            line["error"] = error(part, v)
-            line["law"] = law(part, d)
+            line["message bytes"] = message(parts[label], v)
+            line["error"] = gaps[label]
+            line["law"] = law(parts[label], d)
         yield line
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 REPEATS = 20  # steps in a call, at least, unless a step takes long
 SHORTEST = 5e-3  # seconds of a call; a step of microseconds is repeated more often
-LONGEST = 0.2  # seconds of a call; a step of more than a hundredth is repeated less
+LONGEST = 0.1  # seconds of a call; a step of more than 5 ms is repeated less
 FEWEST = 5  # turns, whatever the time that is left
 
 

@@ -17,6 +17,25 @@ class Options(NamedTuple):
         return seconds / 6 if self.short else seconds
 
 
+class Target(NamedTuple):
+    """A bound on the worst of some figures."""
+
+    text: str
+    limit: float
+    figures: list  # of (value, case)
+    at_least: bool = False
+
+    @property
+    def worst(self):
+        pick = min if self.at_least else max
+        return pick(self.figures)
+
+    @property
+    def met(self):
+        value = self.worst[0]
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
 def row(group, case, base, program, ratio, seconds, **more):
     """One line: ``ratio`` is to what ``base`` names, quartiles over the turns.
 

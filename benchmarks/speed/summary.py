@@ -2,33 +2,14 @@
 
 import math
 import statistics
-from typing import NamedTuple
 
 import channels
 import compressors
 import mixing
+from records import Target
 from report import table
 
 LARGE = 6e6  # entries from which the targets of mixing hold
-
-
-class Target(NamedTuple):
-    """A bound on the worst of some figures."""
-
-    text: str
-    limit: float
-    figures: list  # of (value, case)
-    at_least: bool = False
-
-    @property
-    def worst(self):
-        pick = min if self.at_least else max
-        return pick(self.figures)
-
-    @property
-    def met(self):
-        value = self.worst[0]
-        return value >= self.limit if self.at_least else value <= self.limit
 
 
 def figures(lines, keep, name="ratio"):
