@@ -8,12 +8,14 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "baselines"
 WORSE = 1.2  # times what it was
+FEWEST = 5  # turns without which quartiles say nothing of noise
 KEPT = (
     "group",
     "case",
     "ratio",
     "ratio low",
     "ratio high",
+    "turns",
     "operations",
     "bytes",
     "jax",
@@ -68,7 +70,8 @@ def compare(lines, before):
         was = old.get((line["group"], line["case"]))
         if was is None or line["group"] == FITS:
             continue
-        if line["ratio low"] > WORSE * was["ratio high"]:
+        many = min(line["turns"], was["turns"]) >= FEWEST
+        if many and line["ratio low"] > WORSE * was["ratio high"]:
             found.append(_sentence(line, "ratio", was))
         if line["jax"] != was["jax"]:
             continue

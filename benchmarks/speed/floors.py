@@ -70,12 +70,19 @@ def elsewhere(function):
 
     ``v <- function(v)`` would have to copy ``v`` first wherever an entry of the result
     hangs on more than the same entry of ``v``. The condition always holds, which the
-    compiler cannot know, so it does not take the work out of the loop.
+    compiler cannot know, so it does not take the work out of the loop; where a branch
+    waits for the host, a factor that it cannot know to be one does the same.
     """
+
+    def branch(v, i):
+        return jax.lax.cond(i >= 0, function, lambda v: v, v)
+
+    def factor(v, i):
+        return function(v * (1 + 1e-30 * i.astype(v.dtype)))
 
     def step(carry, i):
         v, _ = carry
-        return v, jax.lax.cond(i >= 0, function, lambda v: v, v)
+        return v, jax.lax.platform_dependent(v, i, cpu=branch, default=factor)
 
     return step
 
