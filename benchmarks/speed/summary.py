@@ -78,6 +78,8 @@ def _growth(lines):
             return x["sweep"] == sweep and not x["what"].startswith(("copy", "unit"))
 
         yield Target(f"exponent of a step in {sweep}", 1.1, figures(own, kept))
+        rows = figures(own, kept, "beyond its copy")
+        yield Target(f"the same, beyond a copy of its state, in {sweep}", 0.1, rows)
 
     def sparse(x):
         return x["sweep"] == "degree" and "top-k" in x["what"]
@@ -153,7 +155,7 @@ COLUMNS = {
     ),
     "steps": ("of a copy of its state", "state bytes", "operations", "bytes"),
     "growth": (),
-    "exponents": ("fitted",),
+    "exponents": ("fitted", "beyond its copy"),
 }
 COMMON = ("ms", "compile s", "temporary bytes")
 
