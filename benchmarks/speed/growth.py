@@ -205,6 +205,9 @@ def plot(lines, path):
             ]
             text = f"{named(label, sweep)}: {slope:.2f}"
             ax.loglog(*zip(*points, strict=True), "o-", label=text)
+        ax.minorticks_off()
+        sizes = sorted({x["size"] for x in here if x["group"] == "growth"})
+        ax.set_xticks(sizes, [power(size) for size in sizes], fontsize="x-small")
         ax.set(xlabel=sweep, ylabel="ms per step" if sweep == "n" else "")
         ax.legend(fontsize="x-small", title="exponent", title_fontsize="x-small")
     figure.tight_layout()
