@@ -16,7 +16,7 @@ from dbojax.base import Participation, Tree
 _UNROLLED = 32  # neighbour slots that are written out; more are scanned in chunks
 _CHUNK = 8
 _BLOCK = 512  # columns that are mapped at a time, where an array is large
-_LARGE = 1 << 17  # entries from which on an array is mapped in blocks
+_LARGE = 1 << 19  # entries from which on an array is mapped in blocks
 _TALL = 128  # nodes; a block of more is too large for the cache
 
 
@@ -322,19 +322,18 @@ def blockwise(product: Callable[[jax.Array], jax.Array]) -> Callable:
 
     def on_cpu(leaf):
         columns = leaf.reshape(len(leaf), -1)
-        blocks, rest = divmod(columns.shape[1], _BLOCK)
+        width = columns.shape[1]
 
-        def put(columns, start, width):
-            part = jax.lax.dynamic_slice_in_dim(columns, start, width, axis=1)
-            return jax.lax.dynamic_update_slice_in_dim(
-                columns, product(part), start, axis=1
-            )
+        def one_block(i, columns):
+            # The last one begins within the one before; what that has mapped stays.
+            start = jnp.minimum(i * _BLOCK, width - _BLOCK)
+            part = jax.lax.dynamic_slice_in_dim(columns, start, _BLOCK, axis=1)
+            new = start + jax.lax.iota(jnp.int32, _BLOCK) >= i * _BLOCK
+            part = jnp.where(new, product(part), part)
+            return jax.lax.dynamic_update_slice_in_dim(columns, part, start, axis=1)
 
-        # What is left over comes first: behind the loop it would be fused with readers.
-        columns = put(columns, blocks * _BLOCK, rest) if rest else columns
-        columns = jax.lax.fori_loop(
-            0, blocks, lambda i, columns: put(columns, i * _BLOCK, _BLOCK), columns
-        )
+        blocks = -(-width // _BLOCK)
+        columns = jax.lax.fori_loop(0, blocks, one_block, columns)
         return columns.reshape(leaf.shape)
 
     def either(leaf):
