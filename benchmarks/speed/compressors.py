@@ -28,6 +28,8 @@ SPARSE = {
     "random_k": c.random_k,
     "strided_random_k": c.strided_random_k,
 }
+if hasattr(c, "chunked_top_k"):
+    SPARSE["chunked_top_k"] = c.chunked_top_k
 # Families whose round trip is to cost at most four copies.
 BOUNDED = ("random_k", "strided_random_k", "block_top_k", "sign", "qsgd")
 
