@@ -107,7 +107,7 @@ def rows(options):
         at: (exchange(part, key), (v, jax.jit(part.init)(0 * v)))
         for at, part in parts.items()
     }
-    found = floors.against_floor(steps, v, options.turns, options.budget(40))
+    found = floors.against_floor(steps, v, options.turns, options.budget(30))
     size, lines = f"n={NODES}, d={power(LENGTH)}", []
     for (name, neighbours), part in parts.items():
         where = "server" if neighbours is None else f"{neighbours} neighbours"

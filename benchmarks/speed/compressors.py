@@ -139,7 +139,7 @@ def measure(n, d, options):
             steps[f"lax.top_k({share:g})"] = plain_top_k(share), v
         if hasattr(c, "keep_largest"):
             steps[f"keep_largest({share:g})"] = masked(share), v
-    found = floors.against_floor(steps, v, options.turns, options.budget(20))
+    found = floors.against_floor(steps, v, options.turns, options.budget(15))
     size, gaps = f"n={n}, d={power(d)}", errors(parts, v)
     for label in steps:
         line = copy_row("compressors", f"{label}, {size}", found, label)

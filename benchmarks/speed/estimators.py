@@ -63,7 +63,7 @@ def rows(options):
     carry = *args, jnp.zeros_like(args[0])
     steps = {"gradient": (gradient, carry)}
     steps |= {at: (estimate(function), carry) for at, function in functions.items()}
-    found = floors.measured(steps, options.turns, options.budget(40))
+    found = floors.measured(steps, options.turns, options.budget(25))
     unit, lines = found["gradient"][1], []
     for (name, who), function in functions.items():
         program, seconds = found[name, who]

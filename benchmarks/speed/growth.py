@@ -136,7 +136,7 @@ def measure(sweep, sizes, programs, fitted, options):
         for size in sizes
         for label, parts in programs(size).items()
     }
-    found = floors.measured(steps, options.turns, options.budget(25))
+    found = floors.measured(steps, options.turns, options.budget(15))
     unit = "gradient" if sweep == "T" else "copy"
     lines, labels = [], dict.fromkeys(label for label, _ in steps)
     for (label, size), (program, seconds) in found.items():

@@ -88,7 +88,7 @@ def measure(name, mix, v, options):
     """The lines of one graph and size."""
     n, d = v.shape
     wide = v.size > WIDE
-    budget = options.budget(6 if wide else 1.5)
+    budget = options.budget(6 if wide else 1)
     found = floors.against_floor(steps(mix, v, wide), v, options.turns, budget)
     more = {"nodes": n, "length": d, "graph": name, "form": form(mix, v)}
     more["slots"] = mix.weights.shape[1]

@@ -199,7 +199,7 @@ def measure(d, options):
     for label, (step, carry, state) in parts.items():
         steps[label] = step, carry
         steps[label, "copy"] = floors.copy_step, floats(state)
-    found = floors.measured(steps, options.turns, options.budget(40))
+    found = floors.measured(steps, options.turns, options.budget(25))
     unit = found["gradient"][1]
     for label, (_, _, state) in parts.items():
         program, seconds = found[label]
