@@ -10,6 +10,7 @@ from records import Target
 from report import table
 
 LARGE = 6e6  # entries from which the targets of mixing hold
+STEADY = 1e5  # entries below which a product waits for its dispatch
 
 
 def figures(lines, keep, name="ratio"):
@@ -31,12 +32,17 @@ def _mixing(lines):
 
         def kept(x, graph=graph):
             large = x["graph"] == graph and x["nodes"] * x["length"] >= LARGE
-            return large and x["rounds"] == "1 round"
+            return large and x["rounds"] in ("1 round", "beside")
 
-        text = f"mixing, {graph}, n d >= {LARGE:.0e}: copies"
-        yield Target(text, limit, figures(own, kept))
+        best = {}
+        for figure in figures(own, kept):
+            size = figure[1].rpartition(",")[0]
+            best[size] = min(figure, best.get(size, figure))
+        text = f"mixing, {graph}, n d >= {LARGE:.0e}, in place or beside: copies"
+        yield Target(text, limit, list(best.values()))
     # The lower quartile: what is equal comes out above one half of the time.
-    rows = figures(own, lambda x: True, "of their sum, low")
+    name = "of their sum, low"
+    rows = figures(own, lambda x: x["nodes"] * x["length"] >= STEADY, name)
     yield Target("rounds in a row: of their sum, lower quartile", 1.0, rows)
 
 
