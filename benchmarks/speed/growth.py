@@ -115,13 +115,14 @@ def sweeps(options):
     nodes, lengths, degrees, depths = NODES, LENGTHS, DEGREES, DEPTHS
     if options.short:
         nodes, lengths = nodes[1:4], lengths[2:5]
-        degrees, depths = degrees[::2], depths[:3:2]
-    return {
+        degrees, depths = degrees[::2], []
+    found = {
         "n": (nodes, lambda n: sized(n, 1000), nodes[-FITTED:]),
         "d": (lengths, lambda d: sized(8, d), lengths[-FITTED:]),
         "degree": (degrees, by_degree, degrees),
         "T": (depths, by_depth, depths),
     }
+    return {sweep: parts for sweep, parts in found.items() if parts[0]}
 
 
 def named(label, sweep):
