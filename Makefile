@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ENV = $(PYTHON) benchmarks/environment.py
 
-.PHONY: demo test lint notebooks bench
+.PHONY: demo test lint notebooks bench results
 
 demo:
 	$(PYTHON) benchmarks/demo.py
@@ -20,6 +20,10 @@ notebooks:
 	python=$$($(ENV) test) && $$python -m pytest -q --nbmake notebooks/*.ipynb
 
 bench:
+	$(PYTHON) benchmarks/speed/run.py
+
+# Every other table of benchmarks/README.md; hours.
+results:
 	$(PYTHON) benchmarks/product.py
 	$(PYTHON) benchmarks/oracle_complexity.py
 	$(PYTHON) benchmarks/run_overhead.py

@@ -2,7 +2,7 @@
 
 A jitted call that allocates its result costs up to nine times as much as one that
 writes into memory it was given. So everything here, floor and work alike, runs inside a
-donated scan of many repeats; programs take turns, and a ratio is taken within a turn.
+donated loop of many repeats; programs take turns, and a ratio is taken within a turn.
 """
 
 import functools
@@ -13,36 +13,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+REPEATS = 20  # steps in a call, at least, unless a step takes long
+SHORTEST = 5e-3  # seconds of a call; a step of microseconds is repeated more often
+LONGEST = 0.1  # seconds of a call; a step of more than 5 ms is repeated less
+FEWEST = 5  # turns, whatever the time that is left
+
 
 class Program(NamedTuple):
-    """A compiled scan over ``repeats`` steps, and what the compiler says of it."""
+    """A compiled loop over any number of steps, and what the compiler says of it."""
 
-    run: object  # carry -> carry, donated
-    repeats: int
+    run: object  # (carry, repeats) -> carry, donated
     compile_seconds: float
     operations: float  # of one step: the compiler counts the body of a loop once
     bytes: float  # touched by one step
     temporary: int  # bytes beyond arguments and results
 
 
-def scanned(step, carry, repeats=20):
-    """Compile ``repeats`` steps ``(carry, i) -> carry`` as one donated program."""
+def looped(step, carry):
+    """Compile a loop over steps ``(carry, i) -> carry`` as one donated program."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def run(carry):
-        def body(carry, i):
-            return step(carry, i), None
-
-        return jax.lax.scan(body, carry, jnp.arange(repeats, dtype=jnp.int32))[0]
+    def run(carry, repeats):
+        return jax.lax.fori_loop(0, repeats, lambda i, carry: step(carry, i), carry)
 
     start = time.perf_counter()
-    compiled = run.lower(carry).compile()
+    compiled = run.lower(carry, jnp.int32(0)).compile()
     seconds = time.perf_counter() - start
     cost = compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
     return Program(
         compiled,
-        repeats,
         seconds,
         cost.get("flops", float("nan")),
         cost.get("bytes accessed", float("nan")),
@@ -65,35 +65,94 @@ def other_copy_step(carry, i):
     return v, v * (1 + 1e-3 * i.astype(v.dtype))
 
 
-def in_turns(programs, carries, turns=20):
+def elsewhere(function):
+    """A step that writes ``function(v)`` into another array: ``((v, out), i)``.
+
+    ``v <- function(v)`` would have to copy ``v`` first wherever an entry of the result
+    hangs on more than the same entry of ``v``. The condition always holds, which the
+    compiler cannot know, so it does not take the work out of the loop; where a branch
+    waits for the host, a factor that it cannot know to be one does the same.
+    """
+
+    def branch(v, i):
+        return jax.lax.cond(i >= 0, function, lambda v: v, v)
+
+    def factor(v, i):
+        return function(v * (1 + 1e-30 * i.astype(v.dtype)))
+
+    def step(carry, i):
+        v, _ = carry
+        return v, jax.lax.platform_dependent(v, i, cpu=branch, default=factor)
+
+    return step
+
+
+def repeats_for(seconds):
+    """How many steps of so many seconds a call takes."""
+    many = max(REPEATS, SHORTEST / seconds)
+    return int(np.clip(LONGEST / seconds, 1, many))
+
+
+def in_turns(programs, carries, turns=20, budget=float("inf")):
     """Seconds per step of each program, ``{label: (turns,)}``; all in turns.
 
     Args:
-        programs: of :func:`scanned`, by label.
+        programs: of :func:`looped`, by label.
         carries: what each starts from; they are copied, since programs are donated.
-        turns: how often each is timed, after one turn that warms up.
+        turns: how often each is timed, after calls that warm up and set its repeats.
+        budget: seconds after which no further turn begins, once there are ``FEWEST``.
     """
     held = {label: jax.tree.map(jnp.copy, carries[label]) for label in programs}
-    jax.block_until_ready(held)
+    jax.block_until_ready(list(held.values()))
+    repeats = dict.fromkeys(programs, 1)
     seconds = {label: [] for label in programs}
-    for turn in range(turns + 1):
-        for label, program in programs.items():
-            start = time.perf_counter()
-            held[label] = jax.block_until_ready(program.run(held[label]))
-            spent = (time.perf_counter() - start) / program.repeats
-            if turn:
-                seconds[label].append(spent)
+
+    def timed(label):
+        run, count = programs[label].run, jnp.int32(repeats[label])
+        start = time.perf_counter()
+        held[label] = jax.block_until_ready(run(held[label], count))
+        return (time.perf_counter() - start) / repeats[label]
+
+    for label in programs:
+        if timed(label) < LONGEST:
+            repeats[label] = repeats_for(timed(label))
+            repeats[label] = repeats_for(timed(label))
+    end = time.perf_counter() + budget
+    for turn in range(turns):
+        if turn >= FEWEST and time.perf_counter() > end:
+            break
+        for label in programs:
+            seconds[label].append(timed(label))
     return {label: np.array(values) for label, values in seconds.items()}
 
 
-def against_floor(steps, v, repeats=20, turns=20):
+def compiled(step, carry, known={}):  # noqa: B006 - floors are compiled once per shape
+    """:func:`looped`, but for a floor that has been seen at these shapes."""
+    if step not in (copy_step, other_copy_step):
+        return looped(step, carry)
+    leaves, tree = jax.tree.flatten(carry)
+    at = step, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    if at not in known:
+        known[at] = looped(step, carry)
+    return known[at]
+
+
+def measured(steps, turns=20, budget=float("inf")):
+    """Compile and time ``{label: (step, carry)}``: ``{label: (Program, seconds)}``."""
+    programs = {label: compiled(*parts) for label, parts in steps.items()}
+    carries = {label: carry for label, (_, carry) in steps.items()}
+    seconds = in_turns(programs, carries, turns, budget)
+    return {label: (programs[label], seconds[label]) for label in programs}
+
+
+def against_floor(steps, v, turns=20, budget=float("inf")):
     """Time steps beside the floor of ``v``: ``{label: (Program, ratios, seconds)}``.
 
     Args:
         steps: ``{label: (step, carry)}``.
         v: the stacked array whose copy is the floor.
-        repeats: steps in a scan.
         turns: ratios taken.
+        budget: seconds, as for :func:`in_turns`.
 
     Returns:
         Per label the program, its ratios to the floor of the same turn and its seconds
@@ -102,36 +161,35 @@ def against_floor(steps, v, repeats=20, turns=20):
     """
     other = other_copy_step, (v, jnp.zeros_like(v))
     steps = {"floor": (copy_step, v), "other floor": other, **steps}
-    programs = {
-        label: scanned(step, carry, repeats) for label, (step, carry) in steps.items()
-    }
-    carries = {label: carry for label, (_, carry) in steps.items()}
-    seconds = in_turns(programs, carries, turns)
-    floor = seconds["floor"]
+    found = measured(steps, turns, budget)
+    floor = found["floor"][1]
     return {
-        label: (programs[label], seconds[label] / floor, seconds[label])
-        for label in programs
+        label: (program, seconds / floor, seconds)
+        for label, (program, seconds) in found.items()
     }
 
 
-def round_trip(compressor, key):
-    """Encode every node's vector, decode it and add a little of it: ``(v, i) -> v``.
+def round_trip(compressor, key, v):
+    """Encode every node's vector, decode it and add a little: a step and its carry.
 
     In place, as the memories of a channel are kept; what is sent stays alike from step
     to step.
     """
 
-    def one(key, v):
-        payload, _ = compressor.compress(key, v, compressor.init(v))
+    def one(key, v, memory):
+        payload, memory = compressor.compress(key, v, memory)
         if compressor.add:
-            return compressor.add(payload, 0.01, v)
-        return v + np.asarray(0.01, v.dtype) * compressor.decompress(payload, v)
+            return compressor.add(payload, 0.01, v), memory
+        sent = compressor.decompress(payload, v)
+        return v + np.asarray(0.01, v.dtype) * sent, memory
 
-    def step(v, i):
-        nodes = jnp.arange(len(v))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.fold_in(key, i), nodes
-        )
-        return jax.vmap(one)(keys, v)
+    def step(carry, i):
+        return jax.vmap(one)(node_keys(key, i, len(v)), *carry)
 
-    return step
+    return step, (v, jax.vmap(compressor.init)(v))
+
+
+def node_keys(key, i, n):
+    """A key for each node at step ``i``."""
+    key = jax.random.fold_in(key, i)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
