@@ -109,7 +109,7 @@ def sparkle(
         clip: z is scaled back to at most this length.
 
     Returns:
-        An algorithm that sends |x| and 2 |y| numbers per link and step over exact
+        An algorithm that sends ``|x|`` and ``2 |y|`` numbers per link and step over exact
         channels, and twice that on a level with gradient tracking.
 
     Raises:
