@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ENV = $(PYTHON) benchmarks/environment.py
 
-.PHONY: demo test lint notebooks bench
+.PHONY: demo test lint notebooks docs bench
 
 demo:
 	$(PYTHON) benchmarks/demo.py
@@ -18,6 +18,11 @@ lint:
 
 notebooks:
 	python=$$($(ENV) test) && $$python -m pytest -q --nbmake notebooks/*.ipynb
+
+docs:
+	python=$$($(ENV) docs) && \
+	$$python -m sphinx -q -W --keep-going -j auto docs docs/_build/html && \
+	echo "Open docs/_build/html/index.html"
 
 bench:
 	$(PYTHON) benchmarks/product.py

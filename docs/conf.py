@@ -6,6 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import public
+
 import dbojax
 
 offline = importlib.util.find_spec("sphinx-mathjax-offline")
@@ -33,7 +35,8 @@ python_use_unqualified_type_names = True
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_type_aliases = {
-    name: f"dbojax.base.{name}" for name in ("Tree", "State", "Payload")
+    name: f"{module}.{name}" if package == public.ROOT else name
+    for (package, name), module in public.types().items()
 }
 autosummary_generate = False
 napoleon_numpy_docstring = False

@@ -8,6 +8,7 @@ Standard library and the package alone: `tests/test_docs.py` reads this as well.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import io
@@ -78,6 +79,9 @@ def page(module: str, names: list[Name], home: dict[str, str]) -> str:
             lines += ["   :members:"]
         if name.kind == "data":
             lines[-1:] = _data(module, name.path.rpartition(".")[2])
+    for name, where in sorted(_types_in(names).items()):
+        if not {f"{where}.{name}", f"{module}.{name}"} & home.keys():
+            lines += ["", *_data(where, name)]
     return "\n".join(lines) + "\n"
 
 
@@ -95,28 +99,57 @@ def write(folder: Path) -> dict[str, str]:
     return home
 
 
+@functools.cache
+def types() -> dict[tuple[str, str], str]:
+    """Where each name of a type, as ``Step = float | jax.Array``, is defined.
+
+    Keys are the package and the name, for a name may mean two things in two of them.
+    """
+    top = Path(importlib.import_module(ROOT).__file__).parents[1]
+    return {
+        (path.parent.name, name): ".".join(path.relative_to(top).with_suffix("").parts)
+        for path in (top / ROOT).rglob("*.py")
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call)
+        for name in _targets(node)
+        if re.match("[A-Z][a-z]", name)
+    }
+
+
 def comments(source: str) -> dict[str, str]:
     """The remark on each ``name: type`` or ``name = value`` of a source text.
 
-    It stands behind, with further lines below it, or on the lines above.
+    It stands behind, or on the lines above.
     """
     found: dict[str, str] = {}
-    name, above, fresh, column = None, "", True, 0
+    name, above = None, ""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             text = re.sub(r"[|*]|_(?!\w)", r"\\\g<0>", token.string.lstrip("#: "))
-            if name and token.start[1] > column:
-                found[name] = f"{found.get(name, '')} {text}".strip()
+            if name:
+                found[name] = text
             else:
-                name, above = None, f"{above} {text}".strip()
-        elif token.type == tokenize.NAME and fresh:
-            name, column, fresh = token.string, token.start[1], False
-            if above:
-                found[name], above = above, ""
+                above = f"{above} {text}".strip()
+        elif token.type == tokenize.NAME and not name:
+            name = token.string
+            found |= {name: above} if above else {}
+            above = ""
         elif token.type == tokenize.NEWLINE:
-            fresh = True
+            name = None
         elif token.type == tokenize.NL and not token.line.strip():
-            name, above = None, ""
+            above = ""
+    return found
+
+
+def _types_in(names):
+    """The names of types in the signatures of a page, where their package has them."""
+    known, found = types(), {}
+    for value in (n.value for n in names if n.kind in ("function", "class")):
+        package = value.__module__.split(".")[-2]
+        text = " ".join(map(str, inspect.get_annotations(value).values()))
+        for word in re.findall(r"\w+", text):
+            if (package, word) in known:
+                found[word] = known[package, word]
     return found
 
 
@@ -128,10 +161,10 @@ def _data(module, name):
             return _data(node.module, name)
         if isinstance(node, ast.Assign | ast.AnnAssign) and name in _targets(node):
             value = ast.unparse(node.value)
-    lines = [f".. py:data:: {name}"]
-    if len(value) < 60 and "lambda" not in value:
-        lines += [f"   :value: {value}"]
-    return [*lines, "", f"   {comments(source).get(name, '')}"]
+            shown = len(value) < 80 and "lambda" not in value
+            lines = [f".. py:data:: {name}", f"   :value: {value}"][: 1 + shown]
+            return [*lines, "", f"   {comments(source).get(name, '')}"]
+    raise LookupError(f"{module} does not define {name}.")
 
 
 def _targets(node):

@@ -29,8 +29,8 @@ def add_fields(app, what, name, obj, options, lines):
     if what != "class" or not fields or any(line == "Args:" for line in lines):
         return
     remarks = public.comments(inspect.cleandoc(inspect.getsource(obj)))
-    lines += ["", "Fields:"]
-    lines += [f"    {field}: {remarks.get(field, '')}" for field in fields]
+    told = [f"    {field}: {remarks[field]}" for field in fields if field in remarks]
+    lines += ["", "Fields:", *told] if told else []
 
 
 def skip_fields(app, what, name, obj, skip, options):
@@ -63,8 +63,9 @@ def resolve(app, env, node, contnode):
     target = re.sub(r"^dbo\.", f"{public.ROOT}.", node["reftarget"])
     home = env.homes.get(target) or _sibling(env, node, target)
     if home is None:  # types of others, and words in single backticks, are no links
+        role = node["reftype"] != "obj" and isinstance(contnode, nodes.literal)
         ours = target.startswith(public.ROOT) or "." not in target
-        return None if node["reftype"] in ("func", "mod") and ours else contnode
+        return None if role and ours else contnode
     node["reftarget"] = home
     domain = env.get_domain("py")
     return domain.resolve_xref(
