@@ -33,6 +33,12 @@ def add_fields(app, what, name, obj, options, lines):
     lines += ["", "Fields:", *told] if told else []
 
 
+def name_types(app, what, name, obj, options, signature, returned):
+    """Names of types by their names alone, in unions as well."""
+    wrapped = re.compile(r"TypeAliasForwardRef\('([\w.]+)'\)")
+    return tuple(text and wrapped.sub(r"\1", text) for text in (signature, returned))
+
+
 def skip_fields(app, what, name, obj, skip, options):
     """Fields stand in the text of their class."""
     return True if type(obj).__name__ in ("_tuplegetter", "member_descriptor") else None
@@ -76,11 +82,7 @@ def resolve(app, env, node, contnode):
 def _sibling(env, node, target):
     """A name beside the definition of the object whose text this is."""
     shown = ".".join(filter(None, (node.get("py:module"), node.get("py:class"))))
-    beside = {
-        home
-        for path, home in env.homes.items()
-        if "." not in target and path.endswith(f".{target}")
-    }
+    beside = {home for path, home in env.homes.items() if path.endswith(f".{target}")}
     near = {home for home in beside if home.startswith(shown)}
     return next(iter(near or beside)) if len(near or beside) == 1 else None
 
@@ -105,6 +107,7 @@ def setup(app):
     """Called by Sphinx."""
     app.connect("builder-inited", write_pages)
     app.connect("autodoc-process-docstring", add_fields, priority=400)
+    app.connect("autodoc-process-signature", name_types)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("doctree-read", link_literals)
     app.connect("missing-reference", resolve)
