@@ -49,10 +49,33 @@ def _mix(
     links: int,
     averages: bool = False,
     symmetric: bool = True,
+    of_large=None,
 ) -> Mix:
+    """Build a mix from the products with one leaf, ``(n, ...)``.
+
+    ``of_large``, for a leaf of many columns, sums gathered rows; None: there is but one
+    product.
+    """
+
+    def by_size(wrap=lambda product: product):
+        if of_large is None:
+            return wrap(product)
+        small, large = wrap(product), trees.blockwise(wrap(of_large))
+        # The compiler would gather anew for each reader of the sum.
+        small = trees.island(small) if product is of_large else small
+        return lambda leaf: (large if trees.is_large(leaf) else small)(leaf)
+
     def apply(v: Tree, decode=None) -> Tree:
         trees.check_nodes(v, n, "v")
-        return jax.tree.map(product, v if decode is None else jax.vmap(decode)(v))
+        v = v if decode is None else jax.vmap(decode)(v)
+        return jax.tree.map(by_size(), v)
+
+    def towards(v: Tree, gamma) -> Tree:
+        def relaxed(product):
+            return lambda leaf: leaf + trees.times(gamma, product(leaf) - leaf)
+
+        trees.check_nodes(v, n, "v")
+        return jax.tree.map(by_size(relaxed), v)
 
     def exchange(payload):
         return jax.tree.map(lambda leaf: leaf[table.nodes], payload)
@@ -77,6 +100,7 @@ def _mix(
         averages=averages,
         symmetric=symmetric,
         flow=flow,
+        towards=towards if of_large else None,
     )
 
 
@@ -89,9 +113,9 @@ def mixer(w: np.ndarray) -> Mix:
         w: doubly stochastic ``(n, n)`` on a connected graph, from ``dbo.topology``.
 
     Returns:
-        The :func:`averaging` form when all weights are ``1/n``, :func:`shifts` on a
-        ring, :func:`dense` for at most 64 nodes that hear more than a quarter of the
-        others, else :func:`neighbours`.
+        The :func:`averaging` form when all weights are ``1/n``; :func:`dense` for at
+        most 64 nodes that hear more than a quarter of the others, but for large arrays
+        only where they hear more than 15 others; else :func:`neighbours`.
 
     Raises:
         ValueError: if ``w`` is not doubly stochastic or its graph is not connected.
@@ -112,9 +136,9 @@ def mixer(w: np.ndarray) -> Mix:
     n, slots = len(w), _neighbours(w).nodes.shape[1]
     if np.allclose(w, 1 / n, rtol=0, atol=1e-12):
         return averaging(n)
-    if slots <= 3 and _is_circulant(w):
-        return shifts(w)
-    return dense(w) if n <= 64 and slots > n / 4 else neighbours(w)
+    if n > 64 or slots <= max(3, n / 4):
+        return neighbours(w)
+    return _dense(w, of_large=_sums(_neighbours(w)) if slots <= 16 else None)
 
 
 def _is_circulant(w: np.ndarray) -> bool:
@@ -124,6 +148,9 @@ def _is_circulant(w: np.ndarray) -> bool:
 
 def shifts(w: np.ndarray) -> Mix:
     """Circulant ``W`` as a weighted sum of rolled arrays.
+
+    On CPU slower than :func:`neighbours`, but for derivatives, which cost it no more
+    than values; those of gathered rows cost up to a hundred times as much.
 
     Raises:
         ValueError: if the rows of ``w`` are not shifts of one another.
@@ -143,16 +170,18 @@ def shifts(w: np.ndarray) -> Mix:
 
 
 def neighbours(w: np.ndarray) -> Mix:
-    """Sparse ``W`` as one gather per neighbour slot; up to 16 slots are written out."""
+    """Sparse ``W`` as one gather per neighbour slot; up to 32 slots are written out."""
     w = np.asarray(w, dtype=np.float64)
     table = _neighbours(w)
 
-    def product(leaf):
-        return trees.gathered(leaf, *table)
-
+    product, symmetric = _sums(table), _is_symmetric(w)
     return _mix(
-        len(w), trees.island(product), table, _links(w), symmetric=_is_symmetric(w)
+        len(w), product, table, _links(w), symmetric=symmetric, of_large=product
     )
+
+
+def _sums(table: _Neighbours):
+    return lambda leaf: trees.gathered(leaf, *table)
 
 
 def dense(w: np.ndarray | jax.Array, links: int | None = None) -> Mix:
@@ -166,6 +195,10 @@ def dense(w: np.ndarray | jax.Array, links: int | None = None) -> Mix:
     Raises:
         ValueError: if ``w`` is not square.
     """
+    return _dense(w, links)
+
+
+def _dense(w: np.ndarray | jax.Array, links=None, of_large=None) -> Mix:
     w = w if isinstance(w, Tracer) else np.asarray(w, dtype=np.float64)
     n = w.shape[0] if w.ndim else 0
     if w.shape != (n, n):
@@ -181,9 +214,8 @@ def dense(w: np.ndarray | jax.Array, links: int | None = None) -> Mix:
         return mixed.reshape(leaf.shape)
 
     symmetric = isinstance(w, Tracer) or _is_symmetric(w)
-    return _mix(
-        n, product, table, edges if links is None else links, symmetric=symmetric
-    )
+    links = edges if links is None else links
+    return _mix(n, product, table, links, symmetric=symmetric, of_large=of_large)
 
 
 def averaging(n: int) -> Mix:

@@ -13,8 +13,11 @@ import numpy as np
 
 from dbojax.base import Participation, Tree
 
-_UNROLLED = 16  # neighbour slots that are written out; more are scanned in chunks
+_UNROLLED = 32  # neighbour slots that are written out; more are scanned in chunks
 _CHUNK = 8
+_BLOCK = 512  # columns that are mapped at a time, where an array is large
+_LARGE = 1 << 19  # entries from which on an array is mapped in blocks
+_TALL = 128  # nodes; a block of more is too large for the cache
 
 
 def num_nodes(tree: Tree, name: str = "tree") -> int:
@@ -297,6 +300,44 @@ def island(product: Callable[[jax.Array], jax.Array]) -> Callable:
 
     def either(leaf):
         return jax.lax.platform_dependent(leaf, cpu=bordered, default=product)
+
+    return either
+
+
+def is_large(leaf: jax.Array) -> bool:
+    """Whether a map of the node axis pays block by block, see :func:`blockwise`."""
+    n = len(leaf)
+    return n <= _TALL and leaf.size >= max(_LARGE, 2 * _BLOCK * n)
+
+
+def blockwise(product: Callable[[jax.Array], jax.Array]) -> Callable:
+    """Map a large array over its node axis in place, a block of columns at a time.
+
+    On CPU a block stays in the cache, and a loop over steps, which would copy a second
+    array back into the first, has none to copy.
+
+    Args:
+        product: maps ``(n, ...)`` to the same shape, each column by itself.
+    """
+
+    def on_cpu(leaf):
+        columns = leaf.reshape(len(leaf), -1)
+        width = columns.shape[1]
+
+        def one_block(i, columns):
+            # The last one begins within the one before; what that has mapped stays.
+            start = jnp.minimum(i * _BLOCK, width - _BLOCK)
+            part = jax.lax.dynamic_slice_in_dim(columns, start, _BLOCK, axis=1)
+            new = start + jax.lax.iota(jnp.int32, _BLOCK) >= i * _BLOCK
+            part = jnp.where(new, product(part), part)
+            return jax.lax.dynamic_update_slice_in_dim(columns, part, start, axis=1)
+
+        blocks = -(-width // _BLOCK)
+        columns = jax.lax.fori_loop(0, blocks, one_block, columns)
+        return columns.reshape(leaf.shape)
+
+    def either(leaf):
+        return jax.lax.platform_dependent(leaf, cpu=on_cpu, default=product)
 
     return either
 

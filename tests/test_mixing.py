@@ -96,15 +96,44 @@ def test_traced_matrices_exchange_with_everyone():
     np.testing.assert_allclose(jax.jit(rebuilt)(w), w @ v, atol=1e-13)
 
 
-def test_the_chosen_form_follows_the_graph():
-    shifted = jax.make_jaxpr(mixing.mixer(GRAPHS["ring"]).apply)(jnp.ones((10, 2)))
-    assert "dot_general" not in str(shifted)
-    assert "gather" not in str(shifted)
-    sparse = topology.metropolis(topology.ring(80, hops=3))
-    gathered = jax.make_jaxpr(mixing.mixer(sparse).apply)(jnp.ones((80, 2)))
-    assert "gather" in str(gathered)
-    wide = jax.make_jaxpr(mixing.neighbours(GRAPHS["wide"]).apply)(jnp.ones((40, 2)))
-    assert "scan" in str(wide)
+def test_the_chosen_form_follows_the_graph_and_the_size():
+    def does(form, w, *shape):
+        text = str(jax.make_jaxpr(form(w).apply)(jnp.ones((len(w), *shape))))
+        return {
+            name for name in ("dot_general", "gather[", "cond", "scan") if name in text
+        }
+
+    two_hops = topology.metropolis(topology.ring(12, hops=2))
+    small, large = {"gather[", "cond"}, {"gather[", "scan", "cond"}
+    assert does(mixing.mixer, GRAPHS["ring"], 2) == small
+    assert does(mixing.mixer, topology.metropolis(topology.ring(80, 3)), 2) == small
+    assert does(mixing.mixer, two_hops, 2) == {"dot_general"}
+    assert does(mixing.mixer, two_hops, 4, 5000) == large
+    assert does(mixing.mixer, GRAPHS["wide"], 5000) == {"dot_general"}
+    many = topology.metropolis(topology.ring(40, hops=17))
+    assert does(mixing.neighbours, many, 2) == small | {"scan"}
+
+
+@pytest.mark.parametrize("shape", [(11264,), (3, 3755), (11300,)])
+@pytest.mark.parametrize("graph", ["ring", "two hops"])
+def test_large_arrays_are_mixed_alike_block_by_block(graph, shape):
+    """Widths that blocks divide and that leave some columns over; with NaN in one."""
+    w = topology.metropolis(topology.ring(12, hops=1 + (graph != "ring")))
+    mix, v = mixing.mixer(w), np.random.default_rng(0).normal(size=(12, *shape))
+    v[3, ..., -1] = np.nan
+    mixed = np.asarray(jax.jit(mix.apply)(v))
+    heard = w[:, 3] != 0
+    np.testing.assert_array_equal(
+        np.isnan(mixed).any(axis=tuple(range(1, v.ndim))), heard
+    )
+    clean = np.nan_to_num(v)
+    wanted = _expected(w, clean)
+    np.testing.assert_allclose(mixed[~heard], wanted[~heard], atol=1e-13)
+    np.testing.assert_allclose(jax.jit(mix.apply)(clean), wanted, atol=1e-13)
+    towards = jax.jit(mix.towards)(clean, 0.3)
+    np.testing.assert_allclose(towards, 0.7 * clean + 0.3 * wanted, atol=1e-13)
+    pulled = jax.jit(jax.grad(lambda v: jnp.vdot(mix.apply(v), clean)))(clean)
+    np.testing.assert_allclose(pulled, wanted, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

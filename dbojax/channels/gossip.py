@@ -54,7 +54,10 @@ def exact(mix: Mix, gamma: float = 1.0) -> Channel:
     def send(key, v, state, mask=None):
         del key
         no_mask(mask, "exact")
-        held = _relax(v, v, mix.apply(v), gamma)
+        if mix.towards is None or _is_one(gamma):
+            held = _relax(v, v, mix.apply(v), gamma)
+        else:
+            held = mix.towards(v, gamma)
         return held, state, _traffic(mix, v)
 
     def flow(key, v, state, mask=None):

@@ -1,5 +1,6 @@
 """Many devices, processes and hosts under one script: where nodes and payloads go."""
 
+from dbojax.devices.compiled import keep_compiled as keep_compiled
 from dbojax.devices.meshes import init as init
 from dbojax.devices.meshes import load as load
 from dbojax.devices.meshes import mesh as mesh

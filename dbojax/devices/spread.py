@@ -168,7 +168,12 @@ def _sending(mix, table, mesh, apply, flow) -> Mix:
         return taken(payload)
 
     return mix._replace(
-        apply=apply, exchange=exchange, flow=flow, lift=lift(mesh), local=False
+        apply=apply,
+        exchange=exchange,
+        flow=flow,
+        towards=None,
+        lift=lift(mesh),
+        local=False,
     )
 
 
