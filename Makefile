@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ENV = $(PYTHON) benchmarks/environment.py
 
-.PHONY: demo test lint notebooks bench results
+.PHONY: demo test lint notebooks docs bench results
 
 demo:
 	$(PYTHON) benchmarks/demo.py
@@ -19,6 +19,11 @@ lint:
 notebooks:
 	python=$$($(ENV) test) && $$python -m pytest -q --nbmake notebooks/*.ipynb
 
+docs:
+	python=$$($(ENV) docs) && \
+	$$python -m sphinx -q -W --keep-going -j auto docs docs/_build/html && \
+	echo "Open docs/_build/html/index.html"
+
 bench:
 	$(PYTHON) benchmarks/speed/run.py
 
@@ -33,6 +38,7 @@ results:
 	$(PYTHON) benchmarks/reproduce/cdadam.py
 	$(PYTHON) benchmarks/reproduce/csoba.py
 	$(PYTHON) benchmarks/hypergradients.py
+	$(PYTHON) benchmarks/peers/run.py
 	for part in wire bandwidth weak model faults memory; do \
 		$(PYTHON) benchmarks/scale/$$part.py || exit 1; \
 	done

@@ -31,6 +31,21 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Notebooks that compute more than they compile. A kernel has the flags of its start.
+LONG = {"02_choose_a_method.ipynb"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):  # noqa: D103
+    flags = os.environ["XLA_FLAGS"]
+    if item.path.name in LONG:
+        os.environ["XLA_FLAGS"] = "--xla_cpu_parallel_codegen_split_count=1"
+    try:
+        return (yield)
+    finally:
+        os.environ["XLA_FLAGS"] = flags
+
+
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace):
     import dbojax

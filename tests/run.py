@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # A file's tests share compiled programs, cached tasks and fixtures: on one worker.
-# Files go out in the order of pyproject.toml; else those of few tests come last, long
-# as they may take, and one worker idles.
+# Files go out in the order of pyproject.toml, notebooks first; else those of few tests
+# come last, long as they may take, and one worker idles.
 TOGETHER = ["--dist", "loadfile", "--no-loadscope-reorder"]
 
 
@@ -20,12 +20,8 @@ def main(options):
     from environment import ensure
 
     ensure(["test"])
-    pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", *TOGETHER, *options]
-    failed = subprocess.call(pytest, cwd=ROOT)
-    notebooks = sorted(str(path) for path in (ROOT / "notebooks").glob("*.ipynb"))
-    if notebooks and not options:
-        failed |= subprocess.call([*pytest, "--nbmake", *notebooks], cwd=ROOT)
-    return failed
+    pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", *TOGETHER]
+    return subprocess.call([*pytest, *(options or ["--nbmake"])], cwd=ROOT)
 
 
 if __name__ == "__main__":

@@ -49,10 +49,10 @@ def batch():
     return dbo.Batch(samples(), samples())
 
 
-def fleet(**more):
+def fleet(capacities=CAPACITIES, **more):
     x, y = start()
     layout = S.layout(jax.tree.map(lambda a: a[0], x), y[0], *LABELS)
-    return S.fleet(layout, CAPACITIES, **({"participants": PARTICIPANTS} | more))
+    return S.fleet(layout, capacities, **({"participants": PARTICIPANTS} | more))
 
 
 def method(make=A.rafbo, problem=PROBLEM, fleet=fleet(), **settings):  # noqa: B008
@@ -303,14 +303,17 @@ def test_bytes_are_those_of_the_arrays_that_cross():
 
 def test_dividing_by_everyone_slows_rare_entries_down():
     ends = {}
+    half = fleet([1.0, 0.5, 0.5, 0.5, 0.5], participants={1.0: 1, 0.5: 3})
     for divide_by in (A.covered, A.everyone):
-        algorithm = method(divide_by=divide_by, local_steps=1, extracted=False)
+        algorithm = method(
+            fleet=half, divide_by=divide_by, local_steps=1, extracted=False
+        )
         ends[divide_by] = (
             run(algorithm, rounds=1)[0].x["bias"][0] - start()[0]["bias"][0]
         )
     key_draw, *_ = jax.random.split(jax.random.key(0), 3)
     held = np.zeros(H)
-    for part in S.draw(fleet(), key_draw, 0):
+    for part in S.draw(half, key_draw, 0):
         for row in part.kept.get("h", np.arange(H)[None]):
             held[np.asarray(row)] += 1
     assert held.min() < 4

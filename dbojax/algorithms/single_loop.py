@@ -109,8 +109,8 @@ def sparkle(
         clip: z is scaled back to at most this length.
 
     Returns:
-        An algorithm that sends |x| and 2 |y| numbers per link and step over exact
-        channels, and twice that on a level with gradient tracking.
+        An algorithm that sends ``|x|`` and ``2 |y|`` numbers per link and step over
+        exact channels, and twice that on a level with gradient tracking.
 
     Raises:
         ValueError: if ``average`` is not in (0, 1] or ``clip`` not positive.

@@ -144,7 +144,7 @@ def aligned(group: Group) -> Phase:
 
 
 def per_layer(group: Group) -> Phase:
-    r"""Strides 2, 3, 4, ... over the groups: consecutive layers drift apart.
+    r"""Strides 2, 3, 4 and so on over the groups: consecutive layers drift apart.
 
     Where two layers are equally wide, they drift by one unit per round, which spreads
     the pairs that are held most evenly; strides 1 and 2 would do so too, but fall into
