@@ -115,7 +115,7 @@ def mixer(w: np.ndarray) -> Mix:
     Returns:
         The :func:`averaging` form when all weights are ``1/n``; :func:`dense` for at
         most 64 nodes that hear more than a quarter of the others, but for large arrays
-        only where they hear more than 16 others; else :func:`neighbours`.
+        only where they hear more than 15 others; else :func:`neighbours`.
 
     Raises:
         ValueError: if ``w`` is not doubly stochastic or its graph is not connected.
@@ -138,7 +138,7 @@ def mixer(w: np.ndarray) -> Mix:
         return averaging(n)
     if n > 64 or slots <= max(3, n / 4):
         return neighbours(w)
-    return _dense(w, of_large=_sums(_neighbours(w)) if slots <= 17 else None)
+    return _dense(w, of_large=_sums(_neighbours(w)) if slots <= 16 else None)
 
 
 def _is_circulant(w: np.ndarray) -> bool:
