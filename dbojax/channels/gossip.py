@@ -253,12 +253,13 @@ def _absorb(mix, compressor, key, payload, own, mixed):
         own = jax.tree.map(jnp.add, own, decoded)
         return own, mix.apply(own)
 
-    def add_all(messages, weights, into):
+    def one_by_one(messages, weights, into):
         def add_one(into, message):
             return compressor.add(*message, into), None
 
         return jax.lax.scan(add_one, into, (messages, weights))[0]
 
+    add_all = compressor.add_all or one_by_one
     own = _added(mix, compressor, payload, own)
     received = mix.exchange(payload)
     mixed = mix.lift(add_all)(received, mix.weights, mixed)
@@ -321,7 +322,7 @@ def _scatters(mix, compressor, payload, own) -> bool:
     if compressor.add is None:
         return False
     slots = mix.weights.shape[1]
-    return 5 * slots * trees.size(payload) <= trees.size(own)
+    return 2 * slots * trees.size(payload) <= trees.size(own)
 
 
 def _relax(v, hat, mixed_hat, gamma):
