@@ -3,7 +3,9 @@
     python benchmarks/speed/channels.py
 
 Every node sends its vector and holds what comes of it, which it sends next time; the
-memories of the channel are part of the loop.
+memories of the channel are part of the loop. Three arrays may not fit into a cache that
+holds the one that is copied: `of its arrays` is against a copy of all that the round
+reads and writes, per array.
 """
 
 import start
@@ -12,7 +14,9 @@ start.ready()
 
 import floors
 import jax
+import numpy as np
 from records import copy_row, normal, power
+from steps import floats
 
 import dbojax as dbo
 
@@ -107,7 +111,11 @@ def rows(options):
         at: (exchange(part, key), (v, jax.jit(part.init)(0 * v)))
         for at, part in parts.items()
     }
-    found = floors.against_floor(steps, v, options.turns, options.budget(30))
+    copies = {
+        at: (floors.copy_step, floats(steps[at][1])) for at in steps if at[0] == BLOCK
+    }
+    measured = {**steps, **{("copy", *at): parts for at, parts in copies.items()}}
+    found = floors.against_floor(measured, v, options.turns, options.budget(30))
     size, lines = f"n={NODES}, d={power(LENGTH)}", []
     for (name, neighbours), part in parts.items():
         where = "server" if neighbours is None else f"{neighbours} neighbours"
@@ -116,6 +124,10 @@ def rows(options):
         line |= {"channel": name, "nodes": NODES, "length": LENGTH}
         line["degree"] = neighbours
         line["message bytes"] = message(part, v)
+        if at in copies:
+            arrays = dbo.trees.nbytes(copies[at][1]) / v.nbytes
+            whole = found["copy", *at][2] / arrays
+            line["of its arrays"] = float(np.median(found[at][2] / whole))
         lines.append(line)
     return lines
 

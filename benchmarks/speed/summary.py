@@ -10,6 +10,7 @@ from records import Target
 from report import table
 
 LARGE = 6e6  # entries from which the targets of mixing hold
+FULL = 4e6  # and those of compressors: smaller copies wait for their dispatch
 STEADY = 1e5  # entries below which a product waits for its dispatch
 
 
@@ -55,6 +56,8 @@ def _channels(lines):
 
         text = f"{channels.BLOCK}, {degree} neighbours: copies"
         yield Target(text, limit, figures(lines, kept))
+        rows = figures(lines, kept, "of its arrays")
+        yield Target("the same, of its arrays where they lie", limit, rows)
 
 
 def _compressors(lines):
@@ -63,9 +66,12 @@ def _compressors(lines):
 
         def kept(x, family=family):
             label = x["compressor"]
-            return label.split("(")[0] == family and "threefry" not in label
+            drawn = label.split("(")[0] == family and "threefry" not in label
+            return drawn and x["nodes"] * x["length"] >= FULL
 
         yield Target(f"{family}, round trip: copies", 4, figures(own, kept))
+        rows = figures(own, kept, "of the other floor")
+        yield Target("the same, of the other floor", 4, rows)
     for label, limit in compressors.FASTER.items():
 
         def kept(x, label=label):
@@ -152,7 +158,7 @@ COLUMNS = {
         "error",
         "law",
     ),
-    "channels": ("floor ms", "of the other floor", "message bytes"),
+    "channels": ("floor ms", "of the other floor", "of its arrays", "message bytes"),
     "hypergradients": (
         "of by hand",
         "operations of by hand",
