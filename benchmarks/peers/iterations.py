@@ -14,6 +14,9 @@ import objectives
 import turns
 from report import quartiles
 
+OURS, METRICS, HAND = "dbojax", "dbojax with its metrics", "by hand"
+THEIRS = "benchopt"
+
 
 class Contender(NamedTuple):
     """A scan that goes on with each call, and where it stands."""
@@ -31,22 +34,22 @@ class Entry(NamedTuple):
     make: Callable  # dtype -> Contender
 
 
-def contender(task, step, draws, start, arrays, point, counted):
+def contender(task, step, draws, start, arrays, point, count):
     key = jax.random.key(0)
     scan = jax.jit(bilevel.scanned(task, step, draws), donate_argnums=0)
     program = scan.lower(start, key, *arrays).compile()
     call, state = turns.donated(program, start, key, *arrays)
     cost = None
-    if counted:
+    if count:
         one = key, start, *arrays, jnp.zeros(draws, jnp.int32)
         compiled = jax.jit(step, donate_argnums=1).lower(*one).compile()
         cost = compiled.cost_analysis()
     return Contender(call, lambda: point(state()), cost)
 
 
-def counts(name, dtype):
-    """Whether there is a step by hand to compare the count of operations with."""
-    return name in by_hand.SOLVERS and dtype == jnp.float32
+def counted(name, task, dtype):
+    """Whether to count operations: there is a step by hand to compare with."""
+    return name in by_hand.SOLVERS and not task.theirs and dtype == jnp.float32
 
 
 def ours(name, task, dtype, metrics=False):
@@ -59,7 +62,7 @@ def ours(name, task, dtype, metrics=False):
         solver.method.init(x[None], y[None]),
         arrays,
         lambda state: (state.x[0], state.y[0]),
-        counts(name, dtype),
+        counted(name, task, dtype),
     )
 
 
@@ -73,19 +76,19 @@ def hand(name, task, dtype):
         begin(task, x, y),
         arrays,
         lambda state: (state.x, state.y),
-        counts(name, dtype),
+        counted(name, task, dtype),
     )
 
 
 def entries(name, task, benchopt):
     """Who takes part on one task."""
-    found = {"dbojax": lambda dtype: ours(name, task, dtype)}
-    if task.problem.startswith("logistic"):
-        found["dbojax with its metrics"] = lambda d: ours(name, task, d, metrics=True)
+    found = {OURS: lambda dtype: ours(name, task, dtype)}
     if name in by_hand.SOLVERS:
-        found["by hand"] = lambda dtype: hand(name, task, dtype)
+        if not task.theirs:
+            found[METRICS] = lambda dtype: ours(name, task, dtype, metrics=True)
+        found[HAND] = lambda dtype: hand(name, task, dtype)
     if benchopt is not None:
-        found["benchopt"] = lambda dtype: Contender(
+        found[THEIRS] = lambda dtype: Contender(
             *benchopt_solvers.call(benchopt, name, task, dtype)
         )
     return [Entry(who, task, make) for who, make in found.items()]
@@ -98,13 +101,16 @@ def after_one_scan(one):
 
 
 def truths(found):
-    """Who -> x after one scan in float64, of all writings the first."""
+    """Who -> x after one scan in float64, of all writings the first.
+
+    By hand has that of ours. benchopt's draws are its own, and so is its truth.
+    """
     exact = {}
     with jax.enable_x64(True):
         for entry in found:
-            if entry.who not in exact:
+            if entry.who in (OURS, THEIRS) and entry.who not in exact:
                 exact[entry.who] = after_one_scan(entry.make(jnp.float64))
-    return exact
+    return exact | dict.fromkeys((METRICS, HAND), exact[OURS])
 
 
 def upper_loss(task, point):
@@ -133,7 +139,7 @@ def compared(name, tasks, benchopt, repeats):
     last = tasks[-1]
     for entry, error in zip(found, errors, strict=True):
         task, label = entry.task, (entry.who, entry.task.writing)
-        one, base = made[label], made.get(("by hand", task.writing))
+        one, base = made[label], made.get((HAND, task.writing))
         each = np.multiply(times[label], 1e6 / (task.epochs * task.blocks))
         yield {
             "problem": task.problem,
@@ -141,7 +147,7 @@ def compared(name, tasks, benchopt, repeats):
             "objective": task.writing,
             "who": entry.who,
             "us / iteration": quartiles(each, 1),
-            "time / dbojax": turns.times_base(times, label, ("dbojax", last.writing)),
+            "time / dbojax": turns.times_base(times, label, (OURS, last.writing)),
             "operations / by hand": count(one.cost, base and base.cost, "flops"),
             "bytes / by hand": count(one.cost, base and base.cost, "bytes accessed"),
             "upper loss": f"{upper_loss(last, one.point()):.4f}",

@@ -67,7 +67,8 @@ def soba(problem: Problem) -> Oracle:
     One derivative of both lower gradients along ``z`` gives both Hessian products.
 
     Args:
-        problem: objectives of one node.
+        problem: objectives of one node; ``lower`` is differentiated forward too, so it
+            may hold functions with a ``jax.custom_jvp``, not a ``jax.custom_vjp``.
 
     Returns:
         An oracle whose ``z`` has the structure of ``y`` and starts at zero.
