@@ -84,7 +84,7 @@ def entries(name, task, benchopt):
     """Who takes part on one task."""
     found = {OURS: lambda dtype: ours(name, task, dtype)}
     if name in by_hand.SOLVERS:
-        if not task.theirs:
+        if task.metrics:
             found[METRICS] = lambda dtype: ours(name, task, dtype, metrics=True)
         found[HAND] = lambda dtype: hand(name, task, dtype)
     if benchopt is not None:

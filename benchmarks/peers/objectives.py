@@ -26,6 +26,7 @@ class Task(NamedTuple):
     blocks: int
     epochs: int  # of one scan
     theirs: str | None = None  # the data set of benchopt's that has this writing
+    metrics: bool = False  # whether to time ours with its metrics too
 
 
 # Logistic regression with one weight for each group of features.
@@ -73,6 +74,7 @@ def logistic(blocks=32):
         functools.partial(logistic_arguments, blocks),
         blocks,
         epochs=32,
+        metrics=True,
     )
 
 
