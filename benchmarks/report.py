@@ -41,3 +41,17 @@ def quartiles(values, digits=3):
     """Median and quartiles, as a cell of a table."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
     return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
+def insert(path, title, lines):
+    """Put lines between the marks of a page, or write a page of them alone."""
+    page = f"# {title}\n\n{BEGIN}{END}\n"
+    text = path.read_text("utf-8") if path.exists() else page
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"{path} has no `{BEGIN}` and `{END}` to write between.")
+    before, rest = text.split(BEGIN, 1)
+    tables = "\n".join([BEGIN, "", *lines, "", END])
+    path.write_text(before + tables + rest.split(END, 1)[1], "utf-8")

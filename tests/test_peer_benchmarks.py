@@ -1,5 +1,6 @@
 """What `benchmarks/peers` writes by hand computes what dbojax does."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -20,11 +21,13 @@ def importable(monkeypatch):
 def test_solvers_by_hand_are_ours(name, key):
     import bilevel
     import by_hand
+    import objectives
 
-    x, y, *data = bilevel.arguments(jnp.float64)
+    task = objectives.logistic()
+    x, y, *data = task.arguments(jnp.float64)
     begin, step = by_hand.SOLVERS[name]
-    solver = bilevel.SOLVERS[name](bilevel.problem(*data))
-    starts = begin(x, y), solver.method.init(x[None], y[None])
+    solver = bilevel.made(name, task, *data)
+    starts = begin(task, x, y), solver.method.init(x[None], y[None])
     drawn = jnp.array([[0, 1], [2, 1], [0, 1], [1, 2]])
 
     def end(step, state):
@@ -33,7 +36,8 @@ def test_solvers_by_hand_are_ours(name, key):
 
         return jax.jit(lambda state: jax.lax.scan(body, state, drawn)[0])(state)
 
-    theirs, ours = end(step, starts[0]), end(bilevel.step_of(name), starts[1])
+    theirs = end(functools.partial(step, task), starts[0])
+    ours = end(bilevel.step_of(name, task), starts[1])
     for level in "xyz":
         found, wanted = getattr(theirs, level), getattr(ours, level)[0]
         assert float(jnp.abs(wanted).max()) > 0
@@ -46,7 +50,7 @@ def test_loops_over_nodes_are_ours(name):
 
     (method,) = (label for label in rounds.METHODS if label.startswith(name))
     size = rounds.Size(d=20, samples=30, rounds=5)
-    ours, theirs = rounds.after(method, size, np.float64)
+    ours, theirs = rounds.exact(method, size)
     assert np.abs(ours).max() > 0
     assert np.ptp(ours, axis=0).max() > 0  # the nodes are not alike
     np.testing.assert_allclose(theirs, ours, rtol=1e-10, atol=1e-14)
@@ -54,11 +58,13 @@ def test_loops_over_nodes_are_ours(name):
 
 def test_series_of_equal_blocks_is_a_neumann_series(key):
     import bilevel
+    import objectives
 
     import dbojax as dbo
 
-    x, y, *data = bilevel.arguments(jnp.float64)
-    of = bilevel.problem(*data)
+    task = objectives.logistic()
+    x, y, *data = task.arguments(jnp.float64)
+    of = bilevel.problem(task, *data)
     oracle = bilevel.series(of)
     z, memory = oracle.init(x, y)
     several = jnp.full(bilevel.TERMS + 1, 3)
@@ -71,3 +77,36 @@ def test_series_of_equal_blocks_is_a_neumann_series(key):
     (w_x, w_y, _), _ = jax.jit(other.directions)(key, x, y, *start, one)
     np.testing.assert_allclose(d_x, w_x, rtol=1e-10, atol=1e-16)
     np.testing.assert_allclose(d_y, w_y, rtol=1e-10)
+
+
+def test_both_writings_of_the_quadratics_are_one_function(key):
+    import objectives
+
+    task, fast = objectives.quadratics(blocks=1)
+    *_, above, _ = task.arguments(jnp.float64)
+    samples = objectives.block(above, 0)
+    keys = jax.random.split(key, 3)
+    x, y, z = (
+        jax.random.normal(k, (size,))
+        for k, size in zip(
+            keys, (objectives.P, objectives.D, objectives.D), strict=True
+        )
+    )
+
+    @jax.jit
+    def known(y, z):
+        """Both slopes and both products with z."""
+
+        def of(one):
+            def slopes(y):
+                return jax.grad(one.lower, (0, 1))(x, y, samples)
+
+            return jax.jvp(slopes, (y,), (z,))
+
+        return of(task), of(fast)
+
+    wanted, found = (jax.tree.leaves(of) for of in known(y, z))
+    product = jnp.mean(samples.inner, 0) @ z
+    np.testing.assert_allclose(found[3], product, rtol=1e-9)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)

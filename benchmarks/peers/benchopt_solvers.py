@@ -1,4 +1,4 @@
-"""Solvers of benchopt's bilevel benchmark, from a checkout of it, on our problem.
+"""Solvers of benchopt's bilevel benchmark, from a checkout of it, on our arrays.
 
 Only their own compiled loop is run, and it is blocked on the device; benchopt's clock
 stops when the loop is dispatched.
@@ -8,18 +8,8 @@ import importlib
 import sys
 
 import jax
-from bilevel import (
-    BLOCK,
-    BLOCKS,
-    RATE,
-    ROUNDS,
-    STEP,
-    TERMS,
-    Data,
-    arguments,
-    lower,
-    upper,
-)
+from bilevel import RATE, ROUNDS, STEP, TERMS
+from objectives import BLOCK
 
 SETTINGS = {
     "SOBA": ("soba", {}),
@@ -29,9 +19,19 @@ SETTINGS = {
 }
 
 
-def loss(objective, data):
+def dataset(name):
+    """A file of theirs with objectives; None where the checkout lacks it."""
+    try:
+        return importlib.import_module(f"datasets.{name}")
+    except ImportError:
+        return None
+
+
+def loss(task, objective, data):
     """An objective as they call it: (inner variable, outer variable, start, size)."""
-    rows = Data(data.inputs.reshape(BLOCKS * BLOCK, -1), data.targets.reshape(-1))
+    rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), data)
+    if task.theirs and (file := dataset(task.theirs)):
+        return file.get_function(*rows)
 
     def value(y, x, start=0, batch_size=BLOCK):
         samples = jax.tree.map(
@@ -42,7 +42,7 @@ def loss(objective, data):
     return value
 
 
-def solver(path, name, dtype):
+def solver(path, name, task, dtype):
     """One of their solvers, its objective set but nothing run."""
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
@@ -55,13 +55,13 @@ def solver(path, name, dtype):
         **settings,
     )
     made.run_once = lambda *_: None  # its warm-up
-    x, y, above, below = arguments(dtype)
-    f, g = loss(upper, above), loss(lower, below)
+    x, y, above, below = task.arguments(dtype)
+    f, g = loss(task, task.upper, above), loss(task, task.lower, below)
     made.set_objective(
         f_inner=g,
         f_outer=f,
-        n_inner_samples=BLOCK * BLOCKS,
-        n_outer_samples=BLOCK * BLOCKS,
+        n_inner_samples=BLOCK * task.blocks,
+        n_outer_samples=BLOCK * task.blocks,
         inner_var0=y,
         outer_var0=x,
         f_inner_fb=g,
@@ -70,9 +70,9 @@ def solver(path, name, dtype):
     return made
 
 
-def call(path, name, dtype, steps):
-    """A blocked call of ``steps`` iterations, and what tells (x, y) where it stands."""
-    made = solver(path, name, dtype)
+def call(path, name, task, dtype):
+    """A blocked call of some epochs, and what tells (x, y) where it stands."""
+    made, steps = solver(path, name, task, dtype), task.epochs * task.blocks
     kept = [made.init()]
 
     def go_on():

@@ -1,8 +1,4 @@
-"""One weight for each group of features: the problem of the solvers, ours and by hand.
-
-Logistic regression with d = 100 features in p = 10 groups; batches are blocks of the
-data, which every solver slices alike.
-"""
+"""The solvers on a task of `objectives.py`, by dbojax on one node."""
 
 import functools
 import types
@@ -11,57 +7,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from objectives import block
 
 import dbojax as dbo
 
-D, P, BLOCK, BLOCKS = 100, 10, 64, 32
 STEP, TERMS, ROUNDS = 0.1, 10, 10
 RATE = 0.5  # of recursive momentum
 
 
-class Data(NamedTuple):
-    """Blocks of samples."""
-
-    inputs: jax.Array  # (BLOCKS, BLOCK, D)
-    targets: jax.Array  # (BLOCKS, BLOCK), -1 or 1
-
-
-def arguments(dtype):
-    """x, y and the data of the upper and the lower level."""
-    rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((2, BLOCKS, BLOCK, D))
-    answers = inputs @ rng.standard_normal(D) + rng.standard_normal(inputs.shape[:-1])
-    targets = np.where(answers > 0, 1.0, -1.0)
-    levels = (
-        Data(jnp.asarray(a, dtype), jnp.asarray(t, dtype))
-        for a, t in zip(inputs, targets, strict=True)
-    )
-    return jnp.full(P, -5.0, dtype), jnp.zeros(D, dtype), *levels
-
-
-def fit(y, samples):
-    return jnp.mean(jax.nn.softplus(-samples.targets * (samples.inputs @ y)))
-
-
-def upper(x, y, samples):
-    del x
-    return fit(y, samples)
-
-
-def lower(x, y, samples):
-    weights = jnp.exp(x)[:, None]
-    return fit(y, samples) + jnp.sum(weights * y.reshape(P, -1) ** 2) / 2
-
-
-def block(data, index):
-    return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), data
-    )
-
-
-def problem(above, below):
+def problem(task, above, below):
     """The objectives on all data; a batch is the number of a block, or several."""
 
     def on(objective, data):
@@ -71,22 +26,21 @@ def problem(above, below):
 
         return value
 
-    return dbo.Problem(on(upper, above), on(lower, below))
+    return dbo.Problem(on(task.upper, above), on(task.lower, below))
 
 
-def orders(key, steps, levels):
+def orders(key, task, levels):
     """Numbers of the blocks, (steps, levels): every epoch goes through all of them."""
-    keys = jax.random.split(key, (levels, steps // BLOCKS))
-    shuffled = jax.vmap(jax.vmap(lambda k: jax.random.permutation(k, BLOCKS)))(keys)
+    keys = jax.random.split(key, (levels, task.epochs))
+    shuffled = jax.vmap(jax.vmap(lambda k: jax.random.permutation(k, task.blocks)))(
+        keys
+    )
     return shuffled.reshape(levels, -1).T
 
 
 def decay(step):
     """The step size that benchopt's SOBA takes."""
     return STEP / jnp.sqrt(1.0 + step)
-
-
-# By dbojax, on one node.
 
 
 class Solver(NamedTuple):
@@ -112,24 +66,25 @@ def one_and_several(drawn):
     return dbo.Batch(drawn[0], drawn[1:])
 
 
-def soba(of):
+def soba(of, blocks):
+    del blocks
     mix = dbo.mixing.averaging(1)
     method = dbo.algorithms.soba(of, mix=mix, upper_step=decay, lower_step=decay)
     return Solver(method, one_each, draws=2)
 
 
-def saba(of):
+def saba(of, blocks):
     """A whole block is what it remembers as one sample, as benchopt's does."""
 
     def batch(drawn):
-        size = jnp.asarray(BLOCKS)
+        size = jnp.asarray(blocks)
         return dbo.Batch(*(dbo.Indexed(one, one, size) for one in drawn[:, None]))
 
     method = dbo.algorithms.saba(
         of,
         mix=dbo.mixing.averaging(1),
-        num_upper=BLOCKS,
-        num_lower=BLOCKS,
+        num_upper=blocks,
+        num_lower=blocks,
         upper_step=STEP,
         lower_step=STEP,
     )
@@ -175,8 +130,9 @@ def moves(*steps):
     return [dbo.strategies.allreduce(channel, optax.sgd(step)) for step in steps]
 
 
-def stocbio(of):
+def stocbio(of, blocks):
     """SGD on y, then a step of x along the series."""
+    del blocks
     a = dbo.algorithms
     x, y, z = moves(STEP, STEP, STEP)
     below, above = a.Phase(y=y, z=z, times=ROUNDS), a.Phase(x=x)
@@ -190,8 +146,9 @@ def stocbio(of):
     return Solver(method, batch, draws=ROUNDS + TERMS + 2)
 
 
-def mrbo(of):
+def mrbo(of, blocks):
     """Recursive momentum on the directions of the series."""
+    del blocks
 
     def slower(step):
         return STEP / (1.0 + step) ** (1 / 3)
@@ -207,7 +164,7 @@ SOLVERS = types.MappingProxyType(
 )
 
 
-def scanned(step, draws, steps):
+def scanned(task, step, draws):
     """``(state, key, above, below) -> (state, told)`` by a scan over shuffled epochs.
 
     ``step`` takes (key, state, above, below, numbers of blocks).
@@ -220,17 +177,22 @@ def scanned(step, draws, steps):
             t, drawn = now
             return step(jax.random.fold_in(key, t), state, above, below, drawn)
 
-        drawn = orders(key_order, steps, draws)
-        return jax.lax.scan(body, state, (jnp.arange(steps), drawn))
+        drawn = orders(key_order, task, draws)
+        return jax.lax.scan(body, state, (jnp.arange(len(drawn)), drawn))
 
     return program
 
 
-def step_of(name, metrics=False):
+def made(name, task, above, below):
+    """One of ours on the data of both levels."""
+    return SOLVERS[name](problem(task, above, below), task.blocks)
+
+
+def step_of(name, task, metrics=False):
     """The step of one of ours; without its metrics the compiler leaves them out."""
 
     def step(key, state, above, below, drawn):
-        solver = SOLVERS[name](problem(above, below))
+        solver = made(name, task, above, below)
         state, told = solver.method.step(key, state, on_one_node(solver.batch(drawn)))
         return state, told if metrics else None
 

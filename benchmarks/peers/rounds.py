@@ -34,7 +34,8 @@ class C2dfb(NamedTuple):
     lower_step: float = 0.1
 
 
-SIZES = Size(20, 50, 200), Size(100, 100, 100), Size(10_000, 100, 4)
+# A small model, one of the size of a9a, and one that does not fit into a cache.
+SIZES = Size(20, 100, 200), Size(123, 100, 100), Size(10_000, 100, 4)
 WEIGHTS = dbo.topology.metropolis(dbo.topology.ring(NODES))
 
 
@@ -202,31 +203,34 @@ def looped(program, size):
     return call, lambda: program.values(kept[0])
 
 
-def after(name, size, dtype):
-    """Values of both sides after the rounds of one call."""
+def contenders(name, size, dtype):
+    """Who -> (call, values)."""
     ours, theirs = METHODS[name]
-    found = []
-    with jax.enable_x64(np.dtype(dtype) == np.float64):
-        for call, values in (
-            scanned(ours(size, dtype), size, dtype),
-            looped(theirs(size, dtype), size),
-        ):
-            call()
-            found.append(values())
-    return found
+    return {
+        "dbojax": scanned(ours(size, dtype), size, dtype),
+        "NumPy, node by node": looped(theirs(size, dtype), size),
+    }
+
+
+def after_one(made):
+    """Values of each side after one call, from the start."""
+    for call, _ in made.values():
+        call()
+    return [values() for _, values in made.values()]
+
+
+def exact(name, size):
+    with jax.enable_x64(True):
+        return after_one(contenders(name, size, np.float64))
 
 
 def rows(repeats, sizes=SIZES):
-    for name, (ours, theirs) in METHODS.items():
+    for name in METHODS:
         for size in sizes:
-            calls = {
-                "dbojax": scanned(ours(size, np.float32), size, np.float32)[0],
-                "NumPy, node by node": looped(theirs(size, np.float32), size)[0],
-            }
+            wide, made = exact(name, size)[0], contenders(name, size, np.float32)
+            narrow = after_one(made)
+            calls = {who: call for who, (call, _) in made.items()}
             times = turns.taken_in_turns(calls, repeats)
-            narrow, (wide, _) = (
-                after(name, size, dtype) for dtype in (np.float32, np.float64)
-            )
             for who, values in zip(calls, narrow, strict=True):
                 each = np.multiply(times[who], 1e6 / size.rounds)
                 yield {

@@ -1,12 +1,13 @@
 """dbojax beside what a user would take instead, on identical arrays in one run.
 
-    python benchmarks/peers/run.py                          # all four parts
+    python benchmarks/peers/run.py            # all four parts, a few minutes
     python benchmarks/peers/run.py --only hypergradients --repeats 30
     python benchmarks/peers/run.py --only solvers --benchopt PATH
 
 `hypergradients`: jaxopt, optimistix, PyTorch alone, torchopt, betty-ml, boat-torch and
 higher on the digits problem. `solvers`: SOBA, SABA, stocBiO and MRBO beside JAX by
-hand, and beside those of a checkout of github.com/benchopt/benchmark_bilevel at PATH.
+hand, and beside those of a checkout of github.com/benchopt/benchmark_bilevel at PATH,
+on logistic regression and on that benchmark's quadratics.
 `loop`: CD-Adam beside a plain data-parallel loop of optax. `simulator`: decentralised
 rounds beside NumPy loops over nodes. Peers that are not installed are left out with a
 line; `pip install -e ".[peers]"` brings those that install together. All take turns,
@@ -32,6 +33,7 @@ PARTS = {
     "loop": ("loop", "Data-parallel loop"),
     "simulator": ("rounds", "Decentralised rounds"),
 }
+LEFT = {"solvers": 4}  # columns of words at the left of a table, where not two
 
 
 def parsed():
@@ -41,7 +43,7 @@ def parsed():
     parser.add_argument("--benchopt", type=Path, help="checkout of benchmark_bilevel")
     parser.add_argument("--threads", type=int, help="cores for all contenders")
     parser.add_argument("--out", type=Path, default=Path("results"), help="for CSV")
-    parser.add_argument("--markdown", type=Path, help="writes the tables there")
+    parser.add_argument("--markdown", type=Path, help="puts the tables into a page")
     return parser.parse_args()
 
 
@@ -51,9 +53,10 @@ def main():
         cores = sorted(os.sched_getaffinity(0))[: options.threads]
         os.sched_setaffinity(0, cores)
     import turns
-    from report import header, table, write_csv
+    from report import header, insert, table, write_csv
 
-    lines = [f"{header()}; {turns.threads()} used, {options.repeats} repeats, float32."]
+    most = f"at most {options.repeats} turns, fewer of slow calls"
+    lines = [f"{header()}; {turns.threads()} used, {most}, float32."]
     for name in options.only:
         module, title = PARTS[name]
         part = importlib.import_module(module)
@@ -65,10 +68,10 @@ def main():
         write_csv(
             options.out / f"peers_{name}.csv", [r | turns.machine() for r in found]
         )
-        lines += ["", f"## {title}", "", *table(found, left=2)]
+        lines += ["", f"## {title}", "", *table(found, left=LEFT.get(name, 2))]
         print("\n".join(lines[-len(found) - 5 :]), flush=True)
     if options.markdown:
-        options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        insert(options.markdown, "dbojax beside what a user would take instead", lines)
 
 
 if __name__ == "__main__":

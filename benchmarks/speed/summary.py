@@ -6,6 +6,7 @@ import statistics
 import channels
 import compressors
 import mixing
+import report
 from records import Target
 from report import table
 
@@ -209,17 +210,9 @@ def _spread(line):
     return f"{line['ratio']:.2f} [{line['ratio low']:.2f}, {line['ratio high']:.2f}]"
 
 
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-
-
 def insert(path, head, lines):
     """Put the tables between the marks of a page, or write a page of tables."""
-    found = [BEGIN, "", f"{head}.", "", *short(lines), ""]
+    found = [f"{head}.", "", *short(lines), ""]
     for group in dict.fromkeys(line["group"] for line in lines):
         found += page(lines, group)
-    tables = "\n".join([*found, END])
-    text = path.read_text("utf-8") if path.exists() else f"# Speed\n\n{BEGIN}{END}\n"
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{path} has no `{BEGIN}` and `{END}` to write between.")
-    before, rest = text.split(BEGIN, 1)
-    path.write_text(before + tables + rest.split(END, 1)[1], "utf-8")
+    report.insert(path, "Speed", found[:-1])
