@@ -22,10 +22,11 @@ def terms(task, state, above, below):
     """Gradients of f in x and y; of g in y, and both products with z."""
     f_x, f_y = jax.grad(task.upper, (0, 1))(state.x, state.y, above)
 
-    def slopes(y):
-        return jax.grad(task.lower, (0, 1))(state.x, y, below)
+    def gradient(x, y):
+        return jax.grad(task.lower, 1)(x, y, below)
 
-    (_, slope), (cross, hessian) = jax.jvp(slopes, (state.y,), (state.z,))
+    slope, pull = jax.vjp(gradient, state.x, state.y)
+    cross, hessian = pull(state.z)
     return f_x, f_y, slope, hessian, cross
 
 
