@@ -218,10 +218,16 @@ def error_feedback(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
 
     def send(key, v, state, mask=None):
         target, payload, memory = said(key, v, state, mask)
-        zeros = jax.tree.map(jnp.zeros_like, v)
-        sent, mixed = _absorb(mix, compressor, key, payload, zeros, zeros)
-        residual = jax.tree.map(jnp.subtract, target, sent)
-        held = _relax(v, sent, mixed, gamma)
+        if mix.local and _scatters(mix, compressor, payload, v):
+            # A sum that begins anew each time has no old errors to forget.
+            residual = _added(mix, compressor, payload, target, scale=-1.0)
+            moved = _moved(mix, compressor, payload, v)
+            held = jax.tree.map(lambda a, m: a + trees.times(gamma, m), v, moved)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, v)
+            sent, mixed = _absorb(mix, compressor, key, payload, zeros, zeros)
+            residual = jax.tree.map(jnp.subtract, target, sent)
+            held = _relax(v, sent, mixed, gamma)
         return held, ErrorFeedbackState(residual, memory), _traffic(mix, payload)
 
     def flow(key, v, state, mask=None):
@@ -253,16 +259,28 @@ def _absorb(mix, compressor, key, payload, own, mixed):
         own = jax.tree.map(jnp.add, own, decoded)
         return own, mix.apply(own)
 
+    own = _added(mix, compressor, payload, own)
+    mixed = _heard(mix, compressor, payload, mixed)
+    return own, _refreshed(mix, key, own, mixed)
+
+
+def _heard(mix, compressor, payload, into):
+    """``into`` with what the neighbours say, message by message."""
+
     def add_all(messages, weights, into):
         def add_one(into, message):
             return compressor.add(*message, into), None
 
         return jax.lax.scan(add_one, into, (messages, weights))[0]
 
-    own = _added(mix, compressor, payload, own)
-    received = mix.exchange(payload)
-    mixed = mix.lift(add_all)(received, mix.weights, mixed)
-    return own, _refreshed(mix, key, own, mixed)
+    return mix.lift(add_all)(mix.exchange(payload), mix.weights, into)
+
+
+def _moved(mix, compressor, payload, like):
+    """What the neighbours say on average, less what a node says itself."""
+    zeros = jax.tree.map(jnp.zeros_like, like)
+    own = _added(mix, compressor, payload, zeros, scale=-1.0)
+    return _heard(mix, compressor, payload, own)
 
 
 def _decoder(compressor, stacked):
@@ -271,12 +289,12 @@ def _decoder(compressor, stacked):
     return lambda message: compressor.decompress(message, like)
 
 
-def _added(mix, compressor, payload, into, slots=lambda add: add):
+def _added(mix, compressor, payload, into, slots=lambda add: add, scale=1.0):
     """``into`` with the decoded payloads; ``slots`` maps over those of one node."""
 
     def add(message, into):
         if compressor.add is not None:
-            return compressor.add(message, 1.0, into)
+            return compressor.add(message, scale, into)
         sent = compressor.decompress(message, jax.eval_shape(lambda v: v, into))
         return jax.tree.map(jnp.add, into, sent)
 
