@@ -162,6 +162,9 @@ class Compressor(NamedTuple):
     delta: Callable[[int], float] | None = None
     # E C(v) = v and E|C(v) - v|^2 <= omega(d) |v|^2.
     omega: Callable[[int], float] | None = None
+    # (payloads, scales, into): `add` for K messages at once, leaves (K, ...), scales
+    # (K,), where that is quicker; None: one after the other.
+    add_all: Callable[[Payload, jax.Array, Tree], Tree] | None = None
 
 
 class Mix(NamedTuple):

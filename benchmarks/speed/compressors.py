@@ -27,9 +27,8 @@ SPARSE = {
     "block_top_k": c.block_top_k,
     "random_k": c.random_k,
     "strided_random_k": c.strided_random_k,
+    "chunked_top_k": c.chunked_top_k,
 }
-if hasattr(c, "chunked_top_k"):
-    SPARSE["chunked_top_k"] = c.chunked_top_k
 # Families whose round trip is to cost at most four copies.
 BOUNDED = ("random_k", "strided_random_k", "block_top_k", "sign", "qsgd")
 
@@ -137,8 +136,7 @@ def measure(n, d, options):
     for share in SHARES:
         if share * d < 5e5:  # beyond that, half a minute for a figure
             steps[f"lax.top_k({share:g})"] = plain_top_k(share), v
-        if hasattr(c, "keep_largest"):
-            steps[f"keep_largest({share:g})"] = masked(share), v
+        steps[f"keep_largest({share:g})"] = masked(share), v
     found = floors.against_floor(steps, v, options.turns, options.budget(15))
     size, gaps = f"n={n}, d={power(d)}", errors(parts, v)
     for label in steps:

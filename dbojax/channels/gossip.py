@@ -54,11 +54,7 @@ def exact(mix: Mix, gamma: float = 1.0) -> Channel:
     def send(key, v, state, mask=None):
         del key
         no_mask(mask, "exact")
-        if mix.towards is None or _is_one(gamma):
-            held = _relax(v, v, mix.apply(v), gamma)
-        else:
-            held = mix.towards(v, gamma)
-        return held, state, _traffic(mix, v)
+        return _relax(mix, v, v, gamma), state, _traffic(mix, v)
 
     def flow(key, v, state, mask=None):
         del key
@@ -73,8 +69,9 @@ class ReferencePointState(NamedTuple):
     """Public copies, and what a node keeps of those of its neighbours."""
 
     hat: Tree  # (n, ...)
-    # W times `hat`, (n, ...), as a running sum, where all nodes share one memory; else
-    # what each node holds of its neighbours and itself, (n, K, ...).
+    # Where all nodes share one memory: W times `hat`, (n, ...), as a running sum, or ()
+    # where `hat` is mixed anew in each exchange. Else what each node holds of its
+    # neighbours and itself, (n, K, ...).
     heard: Tree
     compressor: State
 
@@ -134,22 +131,31 @@ def reference_point(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
         memory = mix.lift(compressor.init)(known)
         # The zeros of a tracker would be mixed by the compiler, for minutes if large.
         known_late = jax.lax.optimization_barrier(known)
-        heard = mix.apply(known_late) if mix.local else mix.exchange(known_late)
+        if not mix.local:
+            heard = mix.exchange(known_late)
+        else:
+            state = ReferencePointState(known, (), memory)
+            payload, _ = jax.eval_shape(said, jax.random.key(0), known, state)
+            keeps_sum = _scatters(mix, compressor, payload, known)
+            heard = mix.apply(known_late) if keeps_sum else ()
         return ReferencePointState(known, heard, memory)
 
-    def said(key, v, state, mask):
+    def said(key, v, state, mask=None):
         no_mask(mask, "reference_point")
         difference = jax.tree.map(jnp.subtract, v, state.hat)
         return compressed(mix, compressor, key, difference, state.compressor)
 
     def send(key, v, state, mask=None):
         payload, memory = said(key, v, state, mask)
-        if mix.local:
-            hat, heard = _absorb(mix, compressor, key, payload, state.hat, state.heard)
-            held = _relax(v, hat, heard, gamma)
-        else:
+        if not mix.local:
             hat, heard, moved = with_copies(payload, state)
             held = jax.tree.map(lambda a, m: a + trees.times(gamma, m), v, moved)
+        elif _scatters(mix, compressor, payload, v):
+            hat, heard = _absorb(mix, compressor, key, payload, state.hat, state.heard)
+            held = _relaxed(v, hat, heard, gamma)
+        else:
+            hat, heard = _added(mix, compressor, payload, state.hat), ()
+            held = _relax(mix, v, hat, gamma)
         state = ReferencePointState(hat, heard, memory)
         return held, state, _traffic(mix, payload)
 
@@ -158,7 +164,8 @@ def reference_point(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
         if mix.local:
             hat = _added(mix, compressor, payload, state.hat)
             moved = _differences(mix, hat)
-            heard = jax.tree.map(jnp.add, hat, moved)
+            sums = _scatters(mix, compressor, payload, v)
+            heard = jax.tree.map(jnp.add, hat, moved) if sums else ()
         else:
             hat, heard, moved = with_copies(payload, state)
         state = ReferencePointState(hat, heard, memory)
@@ -218,16 +225,13 @@ def error_feedback(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
 
     def send(key, v, state, mask=None):
         target, payload, memory = said(key, v, state, mask)
-        if mix.local and _scatters(mix, compressor, payload, v):
-            # A sum that begins anew each time has no old errors to forget.
-            residual = _added(mix, compressor, payload, target, scale=-1.0)
-            moved = _moved(mix, compressor, payload, v)
-            held = jax.tree.map(lambda a, m: a + trees.times(gamma, m), v, moved)
+        decode = _decoder(compressor, v)
+        sent = mix.lift(decode)(payload)
+        if mix.local:
+            held = _relax(mix, v, sent, gamma)
         else:
-            zeros = jax.tree.map(jnp.zeros_like, v)
-            sent, mixed = _absorb(mix, compressor, key, payload, zeros, zeros)
-            residual = jax.tree.map(jnp.subtract, target, sent)
-            held = _relax(v, sent, mixed, gamma)
+            held = _relaxed(v, sent, mix.apply(payload, decode), gamma)
+        residual = jax.tree.map(jnp.subtract, target, sent)
         return held, ErrorFeedbackState(residual, memory), _traffic(mix, payload)
 
     def flow(key, v, state, mask=None):
@@ -246,41 +250,19 @@ def error_feedback(mix: Mix, compressor: Compressor, gamma: float) -> Channel:
 
 
 def _absorb(mix, compressor, key, payload, own, mixed):
-    """Add the decoded payloads to ``own``, and their neighbours' average to ``mixed``.
+    """Add sparse payloads to ``own``, and their neighbours' average to ``mixed``."""
 
-    Sender and receivers decode the same payload, so all copies are bit-identical.
-    """
-    if not mix.local:
-        average = mix.apply(payload, _decoder(compressor, own))
-        own = _added(mix, compressor, payload, own)
-        return own, jax.tree.map(jnp.add, mixed, average)
-    if not _scatters(mix, compressor, payload, own):
-        decoded = mix.lift(_decoder(compressor, own))(payload)
-        own = jax.tree.map(jnp.add, own, decoded)
-        return own, mix.apply(own)
-
-    own = _added(mix, compressor, payload, own)
-    mixed = _heard(mix, compressor, payload, mixed)
-    return own, _refreshed(mix, key, own, mixed)
-
-
-def _heard(mix, compressor, payload, into):
-    """``into`` with what the neighbours say, message by message."""
-
-    def add_all(messages, weights, into):
+    def one_by_one(messages, weights, into):
         def add_one(into, message):
             return compressor.add(*message, into), None
 
         return jax.lax.scan(add_one, into, (messages, weights))[0]
 
-    return mix.lift(add_all)(mix.exchange(payload), mix.weights, into)
-
-
-def _moved(mix, compressor, payload, like):
-    """What the neighbours say on average, less what a node says itself."""
-    zeros = jax.tree.map(jnp.zeros_like, like)
-    own = _added(mix, compressor, payload, zeros, scale=-1.0)
-    return _heard(mix, compressor, payload, own)
+    add_all = compressor.add_all or one_by_one
+    own = _added(mix, compressor, payload, own)
+    received = mix.exchange(payload)
+    mixed = mix.lift(add_all)(received, mix.weights, mixed)
+    return own, _refreshed(mix, key, own, mixed)
 
 
 def _decoder(compressor, stacked):
@@ -289,12 +271,12 @@ def _decoder(compressor, stacked):
     return lambda message: compressor.decompress(message, like)
 
 
-def _added(mix, compressor, payload, into, slots=lambda add: add, scale=1.0):
+def _added(mix, compressor, payload, into, slots=lambda add: add):
     """``into`` with the decoded payloads; ``slots`` maps over those of one node."""
 
     def add(message, into):
         if compressor.add is not None:
-            return compressor.add(message, scale, into)
+            return compressor.add(message, 1.0, into)
         sent = compressor.decompress(message, jax.eval_shape(lambda v: v, into))
         return jax.tree.map(jnp.add, into, sent)
 
@@ -333,19 +315,27 @@ def _refreshed(mix, key, own, mixed):
 def _scatters(mix, compressor, payload, own) -> bool:
     """Whether adding sparse messages one by one beats mixing the decoded ones.
 
-    Measured on CPU with values and indices in the payload: even at k (degree + 1) of
-    about a tenth of d, where ``trees.size(payload)`` is 2 k.
+    Measured on CPU with values and indices in the payload, where its size is 2 k: even
+    at k (degree + 1) of about a tenth of d, or a quarter where all messages are added
+    in one pass.
     """
     if compressor.add is None:
         return False
+    cost = 5 if compressor.add_all is None else 2
     slots = mix.weights.shape[1]
-    return 5 * slots * trees.size(payload) <= trees.size(own)
+    return cost * slots * trees.size(payload) <= trees.size(own)
 
 
-def _relax(v, hat, mixed_hat, gamma):
-    """``v + gamma (mixed_hat - hat)``; just ``mixed_hat`` where that is the same."""
+def _relax(mix, v, hat, gamma):
+    """``v + gamma (W hat - hat)``."""
     if hat is v and _is_one(gamma):
-        return mixed_hat
+        return mix.apply(v)
+    if hat is v and mix.towards is not None:
+        return mix.towards(v, gamma)
+    return _relaxed(v, hat, mix.apply(hat), gamma)
+
+
+def _relaxed(v, hat, mixed_hat, gamma):
     return jax.tree.map(
         lambda a, h, m: a + trees.times(gamma, m - h), v, hat, mixed_hat
     )

@@ -106,7 +106,13 @@ def sparsifier(
         change = (scale * values).astype(into.dtype)
         return into.at[at].add(change, mode="drop", unique_indices=True)
 
-    return on_trees(stateless(select, decompress, add, **law))
+    def add_all(payloads, scales, into):
+        # One scatter goes through a node's messages while its memory is in the cache.
+        at, values = jax.vmap(lambda one: place(one, into.size))(payloads)
+        changes = (scales[:, None] * values).astype(into.dtype)
+        return into.at[at.reshape(-1)].add(changes.reshape(-1), mode="drop")
+
+    return on_trees(stateless(select, decompress, add, add_all=add_all, **law))
 
 
 def top_k(k: Count) -> Compressor:

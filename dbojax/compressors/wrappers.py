@@ -62,14 +62,16 @@ def scaled(compressor: Compressor) -> Compressor:
         factor = 1 + omega(trees.size(like))
         return jax.tree.map(lambda a: a / factor, compressor.decompress(payload, like))
 
-    def add(payload, scale, into):
-        return compressor.add(  # pyright: ignore
-            payload, scale / (1 + omega(trees.size(into))), into
-        )
+    def adding(add):
+        def shrunk(payload, scale, into):
+            return add(payload, scale / (1 + omega(trees.size(into))), into)
+
+        return shrunk if add else None
 
     return compressor._replace(
         decompress=decompress,
-        add=add if compressor.add else None,
+        add=adding(compressor.add),
+        add_all=adding(compressor.add_all),
         delta=Shrunk(compressor),
         omega=None,
     )
@@ -149,6 +151,10 @@ def composed(sparsifier: Compressor, quantiser: Compressor) -> Compressor:
     def add(payload, scale, into):
         return sparsifier.add(opened(payload, into), scale, into)  # pyright: ignore
 
+    def add_all(payloads, scales, into):
+        each = jax.vmap(lambda payload: opened(payload, into))(payloads)
+        return sparsifier.add_all(each, scales, into)  # pyright: ignore
+
     def at_both(first, second, join):
         if first is None or second is None:
             return None
@@ -164,6 +170,7 @@ def composed(sparsifier: Compressor, quantiser: Compressor) -> Compressor:
         compress=compress,
         decompress=decompress,
         add=add if sparsifier.add else None,
+        add_all=add_all if sparsifier.add_all else None,
         delta=at_both(sparsifier.delta, quantiser.delta, lambda a, b: a * b),
         omega=at_both(
             sparsifier.omega, quantiser.omega, lambda a, b: (1 + a) * (1 + b) - 1
