@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,8 @@ def _(columns, primals, tangents):
     # JAX has no derivative of a reduction of which but one part has a tangent.
     values, rows = largest_of_columns(primals[0], columns)
     kept = tangents[0][rows * columns + jax.lax.iota(jnp.int32, columns)]
-    return (values, rows), (kept, np.zeros(rows.shape, jax.dtypes.float0))
+    none: Any = np.zeros(rows.shape, jax.dtypes.float0)
+    return (values, rows), (kept, none)
 
 
 def reduced(values: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -71,7 +71,7 @@ def words_and_sums(bits: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.A
 def _(primals, tangents):
     # JAX has no derivative of a reduction of which but one part has a tangent.
     words, sums = words_and_sums(*primals)
-    none = np.zeros(words.shape, jax.dtypes.float0)
+    none: Any = np.zeros(words.shape, jax.dtypes.float0)
     return (words, sums), (none, jnp.sum(in_runs(tangents[1], 32), axis=1))
 
 
