@@ -6,12 +6,14 @@ the one that was fastest when measured on CPU.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
 
 from dbojax import trees
 from dbojax.base import Mix, Tree, check_mixing_matrix
@@ -57,10 +59,13 @@ def _mix(
     product.
     """
 
-    def by_size(wrap=lambda product: product):
+    def by_size(gamma=None):
+        def wrap(product):
+            return product if gamma is None else _towards(product, gamma)
+
         if of_large is None:
             return wrap(product)
-        small, large = wrap(product), trees.blockwise(wrap(of_large))
+        small, large = wrap(product), _in_place(of_large, table, gamma)
         # The compiler would gather anew for each reader of the sum.
         small = trees.island(small) if product is of_large else small
         return lambda leaf: (large if trees.is_large(leaf) else small)(leaf)
@@ -71,11 +76,8 @@ def _mix(
         return jax.tree.map(by_size(), v)
 
     def towards(v: Tree, gamma) -> Tree:
-        def relaxed(product):
-            return lambda leaf: leaf + trees.times(gamma, product(leaf) - leaf)
-
         trees.check_nodes(v, n, "v")
-        return jax.tree.map(by_size(relaxed), v)
+        return jax.tree.map(by_size(gamma), v)
 
     def exchange(payload):
         return jax.tree.map(lambda leaf: leaf[table.nodes], payload)
@@ -102,6 +104,49 @@ def _mix(
         flow=flow,
         towards=towards if of_large else None,
     )
+
+
+def _towards(product, gamma):
+    return lambda leaf: leaf + trees.times(gamma, product(leaf) - leaf)
+
+
+def _in_place(product, table: _Neighbours, gamma):
+    """A large leaf block by block, with derivatives by a matrix product.
+
+    That of a loop over blocks would go through the whole array for each of them.
+    """
+    n = len(table.nodes)
+    w = np.zeros((n, n))
+    np.add.at(w, (np.arange(n)[:, None], table.nodes), table.weights)
+
+    @jax.custom_jvp
+    def mapped(leaf, gamma):
+        step = product if gamma is None else _towards(product, gamma)
+        return trees.blockwise(step)(leaf)
+
+    @partial(mapped.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        (leaf, gamma), (dleaf, dgamma) = primals, tangents
+        change = jnp.zeros_like(leaf)
+        if not isinstance(dleaf, SymbolicZero):
+            linear = _times(w) if gamma is None else _towards(_times(w), gamma)
+            change = linear(dleaf)
+        if gamma is not None and not isinstance(dgamma, SymbolicZero):
+            change += trees.times(dgamma, mapped(leaf, None) - leaf)
+        return mapped(leaf, gamma), change
+
+    return lambda leaf: mapped(leaf, gamma)
+
+
+def _times(w):
+    """The matrix product with one leaf."""
+
+    def product(leaf):
+        flat = leaf.reshape(len(leaf), -1)
+        mixed = jnp.dot(jnp.asarray(w, leaf.dtype), flat, precision="highest")
+        return mixed.reshape(leaf.shape)
+
+    return product
 
 
 def mixer(w: np.ndarray) -> Mix:
@@ -208,14 +253,9 @@ def _dense(w: np.ndarray | jax.Array, links=None, of_large=None) -> Mix:
     else:
         table, edges = _neighbours(w), _links(w)
 
-    def product(leaf):
-        flat = leaf.reshape(n, -1)
-        mixed = jnp.dot(jnp.asarray(w, leaf.dtype), flat, precision="highest")
-        return mixed.reshape(leaf.shape)
-
     symmetric = isinstance(w, Tracer) or _is_symmetric(w)
     links = edges if links is None else links
-    return _mix(n, product, table, links, symmetric=symmetric, of_large=of_large)
+    return _mix(n, _times(w), table, links, symmetric=symmetric, of_large=of_large)
 
 
 def averaging(n: int) -> Mix:

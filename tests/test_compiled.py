@@ -1,5 +1,7 @@
 """Compiled programs outlive the process that made them."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,3 +59,16 @@ def test_a_folder_that_is_not_ones_own_is_refused(tmp_path, settings):
     with pytest.raises(ValueError, match="least_seconds"):
         dbo.devices.keep_compiled(tmp_path / "own", least_seconds=-1)
     assert jax.config.jax_compilation_cache_dir != str(shared)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="owners are POSIX's")
+def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch, settings):
+    other = tmp_path / "other"
+    other.mkdir(mode=0o755)
+    if os.geteuid() == 0:
+        os.chown(other, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(ValueError, match="belongs to another user"):
+        dbo.devices.keep_compiled(other)
+    assert jax.config.jax_compilation_cache_dir != str(other)

@@ -324,6 +324,52 @@ def refused(message, build):
     return pytest.param(message, build, id=message.split("`")[1])
 
 
+def test_cast_rounds_inside_a_program_too(key):
+    v = jax.random.normal(key, (8, 10_000), jnp.float32)
+    c = C.cast(jnp.bfloat16)
+
+    @jax.jit
+    def error(v):
+        return jnp.vdot(v, v - c.decompress(c.compress(None, v, ())[0], v))
+
+    lost = v - v.astype(jnp.bfloat16).astype(v.dtype)
+    np.testing.assert_allclose(error(v[0]), jnp.vdot(v[0], lost[0]), rtol=1e-3)
+    small = jnp.array([3e-6, -1e-7], jnp.float32)  # below the normal range of float16
+    payload, _ = C.cast(jnp.float16).compress(None, small, ())
+    np.testing.assert_array_equal(payload, small.astype(jnp.float16).view(jnp.uint16))
+
+
+def test_derivatives_of_what_is_reduced(key):
+    v = jnp.array([1.0, -5.0, 2.0, 4.0, -0.5])
+    dv = jnp.array([10.0, 20.0, 30.0, 40.0, 50.0])
+
+    def both(c):
+        def sent(v):
+            return c.decompress(c.compress(key, v, ())[0], v)
+
+        along = jax.jvp(sent, (v,), (dv,))[1]
+        return along, jax.grad(lambda v: jnp.vdot(dv, sent(v)))(v)
+
+    along, back = both(C.block_top_k(2))  # blocks (1, 2, -0.5) and (-5, 4)
+    np.testing.assert_array_equal(along, [0, 20, 30, 0, 0])
+    np.testing.assert_array_equal(back, along)
+    signs = jnp.sign(v)
+    along, back = both(C.sign())  # the scale has a derivative, signs have none
+    np.testing.assert_allclose(along, signs * jnp.mean(signs * dv))
+    np.testing.assert_allclose(back, signs * jnp.mean(signs * dv))
+
+
+@pytest.mark.parametrize("c", [C.int8, lambda **of: C.qsgd(127, **of)])
+def test_whole_steps_are_never_lost(c, key):
+    def nearly_one(key, shape, dtype):
+        return jnp.full(shape, 1 - 2.0**-24, dtype)
+
+    v = jnp.array([127.0, 0.0, 0.0], jnp.float32)
+    c = c(uniform=nearly_one)
+    got = c.decompress(c.compress(key, v, ())[0], v)
+    np.testing.assert_array_equal(got, v)
+
+
 @pytest.mark.parametrize(
     ("message", "build"),
     [

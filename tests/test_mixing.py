@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dbojax import mixing, topology
+from dbojax import mixing, topology, trees
 
 GRAPHS = {
     "ring": topology.metropolis(topology.ring(10)),
@@ -199,3 +199,24 @@ def test_matrices_may_come_in_float32(graph):
     v = _tree(len(w))["a"]
     mixed = jax.jit(mixing.mixer(w.astype(np.float32)).apply)(v)
     np.testing.assert_allclose(mixed, w @ v, atol=1e-6)
+
+
+def test_derivatives_of_large_arrays_take_one_pass():
+    w = topology.metropolis(topology.star(4))
+    mix, gamma = mixing.mixer(w), 0.3
+    v = np.random.default_rng(0).normal(size=(4, 2**17 + 300)).astype(np.float32)
+    assert trees.is_large(v)
+    t = v[::-1].copy()
+    assert mix.towards is not None
+
+    out, back = jax.vjp(mix.towards, v, jnp.float32(gamma))
+    of_v, of_gamma = jax.jit(back)(t)
+    apart = w @ v - v
+    np.testing.assert_allclose(out, v + gamma * apart, atol=1e-5)
+    np.testing.assert_allclose(of_v, t + gamma * (w.T @ t - t), atol=1e-5)
+    np.testing.assert_allclose(of_gamma, np.vdot(t, apart), rtol=1e-3)
+    # Going back through a loop over blocks would copy the array in each of them.
+    for pull in (back, jax.vjp(mix.apply, v)[1]):
+        text = str(jax.make_jaxpr(pull)(t))
+        assert "scan" not in text
+        assert "while" not in text

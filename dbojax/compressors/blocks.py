@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,7 @@ def block_top_k(k: Count) -> Compressor:
     return sparsifier(select, indices, delta=delta)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def largest_of_columns(v: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
     """Entry of largest magnitude of each column of a grid, and its row; the first."""
     whole = v.size // columns
@@ -96,6 +98,15 @@ def largest_of_columns(v: jax.Array, columns: int) -> tuple[jax.Array, jax.Array
         last = last[None], jnp.full((1, columns), whole, jnp.int32)
         values, rows = larger_of(*map(stacked, (values[None], rows[None]), last))
     return values, rows
+
+
+@largest_of_columns.defjvp
+def _(columns, primals, tangents):
+    # JAX has no derivative of a reduction of which but one part has a tangent.
+    values, rows = largest_of_columns(primals[0], columns)
+    kept = tangents[0][rows * columns + jax.lax.iota(jnp.int32, columns)]
+    none: Any = np.zeros(rows.shape, jax.dtypes.float0)
+    return (values, rows), (kept, none)
 
 
 def reduced(values: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:

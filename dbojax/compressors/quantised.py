@@ -53,6 +53,28 @@ def places(rows: jax.Array, bits: int) -> jax.Array:
     )
 
 
+@jax.custom_jvp
+def words_and_sums(bits: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """32 neighbours at a time: their bits packed, and the sum of their values."""
+    # Both in one pass, padded apart, lest the compiler store what they share.
+    return tuple(
+        jax.lax.reduce(
+            (shifted(bits, 1), in_runs(values, 32)),
+            (np.uint32(0), np.zeros((), values.dtype)),
+            lambda a, b: (a[0] | b[0], a[1] + b[1]),
+            dimensions=(1,),
+        )
+    )
+
+
+@words_and_sums.defjvp
+def _(primals, tangents):
+    # JAX has no derivative of a reduction of which but one part has a tangent.
+    words, sums = words_and_sums(*primals)
+    none: Any = np.zeros(words.shape, jax.dtypes.float0)
+    return (words, sums), (none, jnp.sum(in_runs(tangents[1], 32), axis=1))
+
+
 def in_runs(v: jax.Array, length: int) -> jax.Array:
     """``v`` in rows of ``length`` neighbours, with zeros at its end."""
     rows = -(-v.size // length)
@@ -74,6 +96,16 @@ def low_bits(whole: jax.Array, bits: int) -> jax.Array:
     filled = whole + np.asarray(1.5 * 2.0**info.nmant, whole.dtype)
     word = np.dtype(f"uint{info.bits}").type
     return jax.lax.bitcast_convert_type(filled, word) & word((1 << bits) - 1)
+
+
+def at_random(u: jax.Array, draws: jax.Array) -> jax.Array:
+    """The whole part of ``u``, and one more with the probability of the rest.
+
+    ``ceil(u - draws)`` would round the difference, and lose a whole step of a whole
+    ``u`` now and then.
+    """
+    floor = jnp.floor(u)
+    return jnp.where(draws < u - floor, floor + 1, floor)
 
 
 def widened(v: jax.Array) -> jax.Array:
@@ -150,8 +182,7 @@ def qsgd(
         v = widened(v)
         norm = jnp.sqrt(jnp.vdot(v, v, precision="highest"))
         u = jnp.abs(v) * (s / jnp.maximum(norm, s * jnp.finfo(v.dtype).tiny))
-        # One step more than the whole part with the probability of the rest.
-        q = jnp.ceil(u - uniform(key, v.shape, v.dtype))
+        q = at_random(u, uniform(key, v.shape, v.dtype))
         # The norm is rounded too: its own entry may come out above s by an ulp.
         q = jnp.where(q > s, jnp.asarray(s, v.dtype), q)
         return Packed(pack(low_bits(jnp.where(v < 0, s - q, s + q), bits), bits), norm)
@@ -195,13 +226,7 @@ def sign() -> Compressor:
     def compress(key, v):
         del key
         magnitude = jnp.abs(widened(v))
-        # Both in one pass, padded apart, lest the compiler store what they share.
-        words, sums = jax.lax.reduce(
-            (shifted(v >= 0, 1), in_runs(magnitude, 32)),
-            (np.uint32(0), np.zeros((), magnitude.dtype)),
-            lambda a, b: (a[0] | b[0], a[1] + b[1]),
-            dimensions=(1,),
-        )
+        words, sums = words_and_sums(v >= 0, magnitude)
         return Packed(words, jnp.sum(sums) / v.size)
 
     def decompress(payload, like):
@@ -254,6 +279,11 @@ def cast(dtype: Any) -> Compressor:
         if jnp.finfo(v.dtype).max > limits.max:
             largest = jnp.asarray(limits.max, v.dtype)
             v = jnp.where(jnp.isfinite(v), jnp.clip(v, -largest, largest), v)
+        if jnp.finfo(v.dtype).bits > limits.bits:
+            # Back and forth in one program, XLA may leave a conversion out, and not
+            # this, which turns what is below the normal range into zeros.
+            rounded = jax.lax.reduce_precision(v, limits.nexp, limits.nmant)
+            v = jnp.where(jnp.abs(v) < float(limits.tiny), v, rounded)
         return jax.lax.bitcast_convert_type(v.astype(short), patterns[short.name])
 
     def decompress(payload, like):

@@ -14,6 +14,7 @@ from dbojax.base import Compressor
 from dbojax.compressors.lift import on_trees, stateless
 from dbojax.compressors.noise import counter_uniform, draws
 from dbojax.compressors.quantised import (
+    at_random,
     for_runs,
     in_runs,
     low_bits,
@@ -203,8 +204,7 @@ def int8(
         scales = jnp.maximum(jnp.maximum(highest, lowest), least)
         # 1 / scale could be a denormal number, which becomes zero; 127 / scale is not.
         u = v * for_runs(127 / scales, width(v.size), v.size)
-        # One step more than the whole part below with the probability of the rest.
-        q = jnp.ceil(u - uniform(key, u.shape, u.dtype))
+        q = at_random(u, uniform(key, u.shape, u.dtype))
         # The quotient is rounded: the largest entry may be above 127 by an ulp.
         codes = low_bits(jnp.clip(q, -127, 127), 8).astype(jnp.uint8)
         return Integers(jax.lax.bitcast_convert_type(codes, jnp.int8), scales)

@@ -29,8 +29,8 @@ def keep_compiled(
         The folder.
 
     Raises:
-        ValueError: if the folder is a file, or (on POSIX) others may write into it; if
-            ``least_seconds`` is negative.
+        ValueError: if the folder is a file, or (on POSIX) another user's, or others
+            may write into it; if ``least_seconds`` is negative.
 
     Examples:
         >>> import tempfile
@@ -47,15 +47,27 @@ def keep_compiled(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`keep_compiled` needs a folder; {folder} is a file.")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if os.name == "posix" and folder.stat().st_mode & 0o022:
-        raise ValueError(
-            f"Others may write into {folder}, and JAX runs what it finds there. Write "
-            f"`chmod go-w {folder}`, or name a folder of your own."
-        )
+    if os.name == "posix":
+        _check_own(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse a folder into which another user may put programs."""
+    found = folder.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        raise ValueError(
+            f"{folder} belongs to another user, and JAX runs what it finds there. Name "
+            "a folder of your own."
+        )
+    if found.st_mode & 0o022:
+        raise ValueError(
+            f"Others may write into {folder}, and JAX runs what it finds there. Write "
+            f"`chmod go-w {folder}`, or name a folder of your own."
+        )
 
 
 def _default() -> Path:
