@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import dbojax as dbo
 
@@ -22,6 +23,7 @@ def settings():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def test_what_was_compiled_is_found_again(tmp_path, monkeypatch, settings):

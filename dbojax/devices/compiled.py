@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from dbojax import trees
 
@@ -16,9 +17,9 @@ def keep_compiled(
     """Keep compiled programs in a folder, for this process and later ones.
 
     JAX's own persistent cache, with its settings in one place: a program is found again
-    by its code, the options, the versions and the device. Call it before anything is
-    compiled. JAX trusts what lies in the folder and runs it, so it has to be yours. On
-    some processors the compiler refuses its own entries and compiles anew.
+    by its code, the options, the versions and the device. What was compiled before the
+    call is not kept. JAX trusts what lies in the folder and runs it, so it has to be
+    yours. On some processors the compiler refuses its own entries and compiles anew.
 
     Args:
         folder: made if need be; None: ``dbojax`` in ``$XDG_CACHE_HOME``, else in
@@ -52,6 +53,7 @@ def keep_compiled(
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compilation_cache.reset_cache()  # else one that was in use stays in use
     return folder
 
 
