@@ -26,8 +26,9 @@ from steps import floats, stepping
 import dbojax as dbo
 
 FITTED = 3
-NODES = [8, 64, 256, 1024, 2048, 4096]  # at d = 1000
-LENGTHS = [1000, 10_000, 30_000, 100_000, 300_000, 1_000_000]  # at n = 8
+# The states of those that are fitted fit into no cache of 32 MB.
+NODES, WIDTH = [8, 64, 256, 1024, 2048, 4096], 3000
+LENGTHS = [1000, 10_000, 100_000, 300_000, 1_000_000, 3_000_000]  # at n = 8
 DEGREES = [2, 4, 8, 16, 32]  # at n = 64, d = 1e5
 DEPTHS = [10, 30, 100, 300, 1000]
 STEP = 1e-3
@@ -117,7 +118,7 @@ def sweeps(options):
         nodes, lengths = nodes[1:4], lengths[2:5]
         degrees, depths = degrees[::2], []
     found = {
-        "n": (nodes, lambda n: sized(n, 1000), nodes[-FITTED:]),
+        "n": (nodes, lambda n: sized(n, WIDTH), nodes[-FITTED:]),
         "d": (lengths, lambda d: sized(8, d), lengths[-FITTED:]),
         "degree": (degrees, by_degree, degrees),
         "T": (depths, by_depth, depths),
@@ -162,7 +163,7 @@ def measure(sweep, sizes, programs, fitted, options):
 
 def many_nodes():
     """C2DFB on 4096 nodes: a step on a problem whose losses stay finite."""
-    n, d = NODES[-1], 1000
+    n, d = NODES[-1], WIDTH
     method = methods(n)["C2DFB, block top-k 1 %"]
     state, batch = started(method, n, d)
     step = jax.jit(method.step, donate_argnums=1)
