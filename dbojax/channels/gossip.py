@@ -316,12 +316,12 @@ def _scatters(mix, compressor, payload, own) -> bool:
     """Whether adding sparse messages one by one beats mixing the decoded ones.
 
     Measured on CPU with values and indices in the payload, where its size is 2 k: even
-    at k (degree + 1) of about a tenth of d, or a quarter where all messages are added
+    at k (degree + 1) of about a tenth of d, or a sixth where all messages are added
     in one pass.
     """
     if compressor.add is None:
         return False
-    cost = 5 if compressor.add_all is None else 2
+    cost = 5 if compressor.add_all is None else 3
     slots = mix.weights.shape[1]
     return cost * slots * trees.size(payload) <= trees.size(own)
 
