@@ -194,8 +194,8 @@ def _is_circulant(w: np.ndarray) -> bool:
 def shifts(w: np.ndarray) -> Mix:
     """Circulant ``W`` as a weighted sum of rolled arrays.
 
-    On CPU slower than :func:`neighbours`, but for derivatives, which cost it no more
-    than values; those of gathered rows cost up to a hundred times as much.
+    On CPU slower than :func:`neighbours`, but for derivatives of small arrays, which
+    cost it no more than values; those of gathered rows cost many times as much.
 
     Raises:
         ValueError: if the rows of ``w`` are not shifts of one another.
