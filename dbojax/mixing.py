@@ -60,15 +60,17 @@ def _mix(
     """
 
     def by_size(gamma=None):
-        def wrap(product):
-            return product if gamma is None else _towards(product, gamma)
+        small = product if gamma is None else _towards(product, gamma)
+        if product is of_large:
+            # The compiler would gather anew for each reader of the sum.
+            small = trees.island(small)
 
-        if of_large is None:
-            return wrap(product)
-        small, large = wrap(product), _in_place(of_large, table, gamma)
-        # The compiler would gather anew for each reader of the sum.
-        small = trees.island(small) if product is of_large else small
-        return lambda leaf: (large if trees.is_large(leaf) else small)(leaf)
+        def mapped(leaf):
+            if of_large is None or not trees.is_large(leaf):
+                return small(leaf)
+            return _in_place(of_large, _dense_weights(table), gamma)(leaf)
+
+        return mapped
 
     def apply(v: Tree, decode=None) -> Tree:
         trees.check_nodes(v, n, "v")
@@ -110,14 +112,11 @@ def _towards(product, gamma):
     return lambda leaf: leaf + trees.times(gamma, product(leaf) - leaf)
 
 
-def _in_place(product, table: _Neighbours, gamma):
+def _in_place(product, w, gamma):
     """A large leaf block by block, with derivatives by a matrix product.
 
     That of a loop over blocks would go through the whole array for each of them.
     """
-    n = len(table.nodes)
-    w = np.zeros((n, n))
-    np.add.at(w, (np.arange(n)[:, None], table.nodes), table.weights)
 
     @jax.custom_jvp
     def mapped(leaf, gamma):
@@ -136,6 +135,13 @@ def _in_place(product, table: _Neighbours, gamma):
         return mapped(leaf, gamma), change
 
     return lambda leaf: mapped(leaf, gamma)
+
+
+def _dense_weights(table: _Neighbours) -> np.ndarray:
+    n = len(table.nodes)
+    w = np.zeros((n, n))
+    np.add.at(w, (np.arange(n)[:, None], table.nodes), table.weights)
+    return w
 
 
 def _times(w):

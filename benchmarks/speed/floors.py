@@ -126,15 +126,17 @@ def in_turns(programs, carries, turns=20, budget=float("inf")):
     return {label: np.array(values) for label, values in seconds.items()}
 
 
-def compiled(step, carry, known={}):  # noqa: B006 - floors are compiled once per shape
+def compiled(step, carry):
     """:func:`looped`, but for a floor that has been seen at these shapes."""
     if step not in (copy_step, other_copy_step):
         return looped(step, carry)
     leaves, tree = jax.tree.flatten(carry)
-    at = step, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-    if at not in known:
-        known[at] = looped(step, carry)
-    return known[at]
+    return _floor(step, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+
+
+@functools.cache
+def _floor(step, tree, kinds):
+    return looped(step, tree.unflatten(jax.ShapeDtypeStruct(*kind) for kind in kinds))
 
 
 def measured(steps, turns=20, budget=float("inf")):
