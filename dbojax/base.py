@@ -188,8 +188,9 @@ class Mix(NamedTuple):
     # flow(v) = W v - v, taken from differences, so that rounding errors vanish with
     # the disagreement, or flow(payload, decode); None where that cannot be had.
     flow: Callable[..., Tree] | None = None
-    # towards(v, gamma) = v + gamma (W v - v) in one go; None: there is no quicker way.
-    towards: Callable[[Tree, Any], Tree] | None = None
+    # towards(v, gamma, hat) = v + gamma (W hat - hat) in one go, where hat is v unless
+    # given; None: there is no quicker way.
+    towards: Callable[..., Tree] | None = None
 
 
 class Network(NamedTuple):

@@ -18,6 +18,8 @@ from jax.custom_derivatives import SymbolicZero
 from dbojax import trees
 from dbojax.base import Mix, Tree, check_mixing_matrix
 
+_FEW = 64  # nodes of which a matrix product is cheap, however many hear one another
+
 
 class _Neighbours(NamedTuple):
     """Who each node hears, itself included; padded with itself at weight zero."""
@@ -52,11 +54,12 @@ def _mix(
     averages: bool = False,
     symmetric: bool = True,
     of_large=None,
+    pull=None,
 ) -> Mix:
     """Build a mix from the products with one leaf, ``(n, ...)``.
 
     ``of_large``, for a leaf of many columns, sums gathered rows; None: there is but one
-    product.
+    product. ``pull``, the product with W - I, is for what moves something else.
     """
 
     def by_size(gamma=None):
@@ -77,9 +80,14 @@ def _mix(
         v = v if decode is None else jax.vmap(decode)(v)
         return jax.tree.map(by_size(), v)
 
-    def towards(v: Tree, gamma) -> Tree:
+    def pulled(leaf):
+        return by_size()(leaf) - leaf if pull is None else pull(leaf)
+
+    def towards(v: Tree, gamma, hat: Tree | None = None) -> Tree:
         trees.check_nodes(v, n, "v")
-        return jax.tree.map(by_size(gamma), v)
+        if hat is None:
+            return jax.tree.map(by_size(gamma), v)
+        return jax.tree.map(lambda a, h: a + trees.times(gamma, pulled(h)), v, hat)
 
     def exchange(payload):
         return jax.tree.map(lambda leaf: leaf[table.nodes], payload)
@@ -187,9 +195,12 @@ def mixer(w: np.ndarray) -> Mix:
     n, slots = len(w), _neighbours(w).nodes.shape[1]
     if np.allclose(w, 1 / n, rtol=0, atol=1e-12):
         return averaging(n)
-    if n > 64 or slots <= max(3, n / 4):
+    if n > _FEW:
         return neighbours(w)
-    return _dense(w, of_large=_sums(_neighbours(w)) if slots <= 16 else None)
+    pull = _times(w - np.eye(n))
+    if slots <= max(3, n / 4):
+        return _gathering(w, pull)
+    return _dense(w, of_large=_sums(_neighbours(w)) if slots <= 16 else None, pull=pull)
 
 
 def _is_circulant(w: np.ndarray) -> bool:
@@ -222,12 +233,20 @@ def shifts(w: np.ndarray) -> Mix:
 
 def neighbours(w: np.ndarray) -> Mix:
     """Sparse ``W`` as one gather per neighbour slot; up to 32 slots are written out."""
-    w = np.asarray(w, dtype=np.float64)
-    table = _neighbours(w)
+    return _gathering(np.asarray(w, dtype=np.float64))
 
+
+def _gathering(w: np.ndarray, pull=None) -> Mix:
+    table = _neighbours(w)
     product, symmetric = _sums(table), _is_symmetric(w)
     return _mix(
-        len(w), product, table, _links(w), symmetric=symmetric, of_large=product
+        len(w),
+        product,
+        table,
+        _links(w),
+        symmetric=symmetric,
+        of_large=product,
+        pull=pull,
     )
 
 
@@ -249,7 +268,7 @@ def dense(w: np.ndarray | jax.Array, links: int | None = None) -> Mix:
     return _dense(w, links)
 
 
-def _dense(w: np.ndarray | jax.Array, links=None, of_large=None) -> Mix:
+def _dense(w: np.ndarray | jax.Array, links=None, of_large=None, pull=None) -> Mix:
     w = w if isinstance(w, Tracer) else np.asarray(w, dtype=np.float64)
     n = w.shape[0] if w.ndim else 0
     if w.shape != (n, n):
@@ -261,7 +280,15 @@ def _dense(w: np.ndarray | jax.Array, links=None, of_large=None) -> Mix:
 
     symmetric = isinstance(w, Tracer) or _is_symmetric(w)
     links = edges if links is None else links
-    return _mix(n, _times(w), table, links, symmetric=symmetric, of_large=of_large)
+    return _mix(
+        n,
+        _times(w),
+        table,
+        links,
+        symmetric=symmetric,
+        of_large=of_large,
+        pull=pull,
+    )
 
 
 def averaging(n: int) -> Mix:

@@ -136,6 +136,19 @@ def test_large_arrays_are_mixed_alike_block_by_block(graph, shape):
     np.testing.assert_allclose(pulled, wanted, atol=1e-13)
 
 
+@pytest.mark.parametrize("width", [3, 45_056])
+@pytest.mark.parametrize("n", [12, 70], ids=["product", "rows"])
+def test_values_move_along_what_their_public_copies_disagree_about(n, width):
+    """v + gamma (W hat - hat), where hat is not v: on few nodes one matrix product."""
+    w = topology.metropolis(topology.ring(n, hops=2))
+    mix = mixing.mixer(w)
+    v, hat = np.random.default_rng(0).normal(size=(2, n, width))
+    moved = jax.jit(mix.towards)(v, 0.3, hat)
+    np.testing.assert_allclose(moved, v + 0.3 * (w @ hat - hat), atol=1e-13)
+    products = str(jax.make_jaxpr(mix.towards)(v, 0.3, hat)).count("dot_general")
+    assert products == (n == 12)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_precision_of_the_values_is_kept(dtype):
     for form in FORMS.values():

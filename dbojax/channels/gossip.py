@@ -317,12 +317,14 @@ def _scatters(mix, compressor, payload, own) -> bool:
 
     Measured on CPU with values and indices in the payload, where its size is 2 k: even
     at k (degree + 1) of about a tenth of d, or a sixth where all messages are added
-    in one pass.
+    in one pass; at half of that on few nodes, which a matrix product mixes.
     """
     if compressor.add is None:
         return False
     cost = 5 if compressor.add_all is None else 3
     slots = mix.weights.shape[1]
+    if len(mix.weights) <= 64:
+        cost *= 2
     return cost * slots * trees.size(payload) <= trees.size(own)
 
 
@@ -330,8 +332,8 @@ def _relax(mix, v, hat, gamma):
     """``v + gamma (W hat - hat)``."""
     if hat is v and _is_one(gamma):
         return mix.apply(v)
-    if hat is v and mix.towards is not None:
-        return mix.towards(v, gamma)
+    if mix.towards is not None:
+        return mix.towards(v, gamma, None if hat is v else hat)
     return _relaxed(v, hat, mix.apply(hat), gamma)
 
 
