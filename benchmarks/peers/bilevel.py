@@ -66,25 +66,25 @@ def one_and_several(drawn):
     return dbo.Batch(drawn[0], drawn[1:])
 
 
-def soba(of, blocks):
-    del blocks
+def soba(of, task):
+    del task
     mix = dbo.mixing.averaging(1)
     method = dbo.algorithms.soba(of, mix=mix, upper_step=decay, lower_step=decay)
     return Solver(method, one_each, draws=2)
 
 
-def saba(of, blocks):
+def saba(of, task):
     """A whole block is what it remembers as one sample, as benchopt's does."""
 
     def batch(drawn):
-        size = jnp.asarray(blocks)
+        size = jnp.asarray(task.blocks)
         return dbo.Batch(*(dbo.Indexed(one, one, size) for one in drawn[:, None]))
 
     method = dbo.algorithms.saba(
         of,
         mix=dbo.mixing.averaging(1),
-        num_upper=blocks,
-        num_lower=blocks,
+        num_upper=task.blocks,
+        num_lower=task.blocks,
         upper_step=STEP,
         lower_step=STEP,
     )
@@ -130,9 +130,9 @@ def moves(*steps):
     return [dbo.strategies.allreduce(channel, optax.sgd(step)) for step in steps]
 
 
-def stocbio(of, blocks):
+def stocbio(of, task):
     """SGD on y, then a step of x along the series."""
-    del blocks
+    del task
     a = dbo.algorithms
     x, y, z = moves(STEP, STEP, STEP)
     below, above = a.Phase(y=y, z=z, times=ROUNDS), a.Phase(x=x)
@@ -146,15 +146,14 @@ def stocbio(of, blocks):
     return Solver(method, batch, draws=ROUNDS + TERMS + 2)
 
 
-def mrbo(of, blocks):
+def mrbo(of, task):
     """Recursive momentum on the directions of the series."""
-    del blocks
 
     def slower(step):
         return STEP / (1.0 + step) ** (1 / 3)
 
     x, y, z = moves(slower, slower, slower)
-    oracle = dbo.oracles.storm(series(of), RATE)
+    oracle = dbo.oracles.storm(series(of), RATE, together=task.heavy)
     method = dbo.algorithms.single_loop(of, x=x, y=y, z=z, oracle=oracle)
     return Solver(method, one_and_several, draws=TERMS + 2)
 
@@ -185,7 +184,7 @@ def scanned(task, step, draws):
 
 def made(name, task, above, below):
     """One of ours on the data of both levels."""
-    return SOLVERS[name](problem(task, above, below), task.blocks)
+    return SOLVERS[name](problem(task, above, below), task)
 
 
 def step_of(name, task, metrics=False):

@@ -22,11 +22,10 @@ def terms(task, state, above, below):
     """Gradients of f in x and y; of g in y, and both products with z."""
     f_x, f_y = jax.grad(task.upper, (0, 1))(state.x, state.y, above)
 
-    def gradient(x, y):
-        return jax.grad(task.lower, 1)(x, y, below)
+    def gradients(y):
+        return jax.grad(task.lower, (0, 1))(state.x, y, below)
 
-    slope, pull = jax.vjp(gradient, state.x, state.y)
-    cross, hessian = pull(state.z)
+    (_, slope), (cross, hessian) = jax.jvp(gradients, (state.y,), (state.z,))
     return f_x, f_y, slope, hessian, cross
 
 

@@ -39,13 +39,21 @@ def upper_terms(problem: Problem, x: Tree, y: Tree, batch: Tree) -> UpperTerms:
 
 
 def lower_terms(problem: Problem, x: Tree, y: Tree, z: Tree, batch: Tree) -> LowerTerms:
-    """Gradient of ``g`` and both products with ``z`` on a batch of the lower level."""
+    """Gradient of ``g`` and both products with ``z`` on a batch of the lower level.
 
-    def gradient(x, y):
-        return jax.grad(problem.lower, 1)(x, y, batch)
+    Both products are the derivative of both gradients along ``z``; where an objective
+    has reverse derivatives alone, they are pulled back, for up to 1.4 times the time.
+    """
 
-    d_y, pullback = jax.vjp(gradient, x, y)
-    cross, hessian = pullback(z)
+    def gradients(x, y):
+        return jax.grad(problem.lower, (0, 1))(x, y, batch)
+
+    try:
+        (_, d_y), products = jax.jvp(lambda y: gradients(x, y), (y,), (z,))
+    except TypeError:  # of `jax.custom_vjp`
+        d_y, pullback = jax.vjp(lambda x, y: gradients(x, y)[1], x, y)
+        products = pullback(z)
+    cross, hessian = products
     return LowerTerms(d_y, hessian, cross)
 
 
@@ -63,7 +71,7 @@ def soba(problem: Problem) -> Oracle:
         d_y = \nabla_y g, \quad d_z = \nabla^2_{yy} g\, z - \nabla_y f, \quad
         d_x = \nabla_x f - \nabla^2_{xy} g\, z
 
-    One vector-Jacobian product of the lower gradient gives both Hessian products.
+    One derivative of the lower gradients along ``z`` gives both Hessian products.
 
     Args:
         problem: objectives of one node.

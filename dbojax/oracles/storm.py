@@ -21,7 +21,9 @@ class StormState(NamedTuple):
     memory: State  # of the wrapped oracle
 
 
-def storm(oracle: Oracle, rate: float | jax.Array) -> Oracle:
+def storm(
+    oracle: Oracle, rate: float | jax.Array, together: bool = False
+) -> Oracle:
     r"""Correct the last estimate by how the directions changed on the same batch.
 
     With :math:`d(v; \xi)` the directions of ``oracle`` at the point v on the batch
@@ -40,6 +42,9 @@ def storm(oracle: Oracle, rate: float | jax.Array) -> Oracle:
         oracle: of any kind; the second evaluation gets the same key and memory, and
             only the first moves the memory.
         rate: rho in (0, 1]; 1 gives the directions of ``oracle``.
+        together: map the oracle over both points, so that it goes through the batch
+            once. Measured on CPU, a series over ten batches of a matrix per sample took
+            0.6 of the time, directions of perceptrons 1.1 to 1.4 times as long.
 
     Returns:
         An oracle that costs twice as much and remembers the last point and estimate. A
@@ -77,8 +82,18 @@ def storm(oracle: Oracle, rate: float | jax.Array) -> Oracle:
 
     def directions(key, x, y, z, memory, batch):
         point = (x, y, z)
-        now, inner = oracle.directions(key, *point, memory.memory, batch)
-        before, _ = oracle.directions(key, *memory.point, memory.memory, batch)
+
+        def at(point):
+            return oracle.directions(key, *point, memory.memory, batch)
+
+        if together:
+            both = jax.tree.map(lambda *leaves: jnp.stack(leaves), point, memory.point)
+            found = jax.vmap(at)(both)
+            (now, inner), (before, _) = (
+                jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in (0, 1)
+            )
+        else:
+            (now, inner), (before, _) = at(point), at(memory.point)
 
         def follow(new, last, old):
             moved = new + trees.times(1 - rate, last - old)
