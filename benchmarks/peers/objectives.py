@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import dbojax as dbo
+
 D, P, BLOCK = 100, 10, 64
 
 
@@ -53,7 +55,7 @@ def logistic_arguments(blocks, dtype):
 
 
 def fit(y, samples):
-    return jnp.mean(jax.nn.softplus(-samples.targets * (samples.inputs @ y)))
+    return jnp.mean(dbo.tasks.logistic_loss(samples.targets * (samples.inputs @ y)))
 
 
 def logistic_upper(x, y, samples):

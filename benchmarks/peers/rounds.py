@@ -52,7 +52,7 @@ def arguments(size, dtype):
 
 def fit(y, samples):
     inputs, targets = samples
-    return jnp.mean(jax.nn.softplus(-targets * (inputs @ y)))
+    return jnp.mean(dbo.tasks.logistic_loss(targets * (inputs @ y)))
 
 
 def upper(x, y, samples):

@@ -29,7 +29,7 @@ a, c = dbo.algorithms, dbo.compressors
 
 def loss(y, samples):
     inputs, signs = samples
-    return jnp.mean(jax.nn.softplus(-signs * (inputs @ y)))
+    return jnp.mean(dbo.tasks.logistic_loss(signs * (inputs @ y)))
 
 
 def upper(x, y, samples):

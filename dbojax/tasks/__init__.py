@@ -19,6 +19,7 @@ from dbojax.tasks.condensation import Condensation as Condensation
 from dbojax.tasks.condensation import condensation as condensation
 from dbojax.tasks.federated_toy import federated_toy as federated_toy
 from dbojax.tasks.federated_toy import solve_federated_toy as solve_federated_toy
+from dbojax.tasks.losses import logistic_loss as logistic_loss
 from dbojax.tasks.noise import with_gradient_noise as with_gradient_noise
 from dbojax.tasks.pde import Coefficient as Coefficient
 from dbojax.tasks.pde import pde_coefficient as pde_coefficient

@@ -12,6 +12,7 @@ import numpy as np
 from dbojax.base import Tree
 from dbojax.tasks import data
 from dbojax.tasks.classification import masked_mean
+from dbojax.tasks.losses import logistic_loss
 from dbojax.tasks.samplers import minibatches
 from dbojax.tasks.task import Sampler
 
@@ -119,7 +120,7 @@ def logistic_regression(
 
     def loss(params, batch):
         margins = batch.labels * (batch.inputs @ params)
-        fit = masked_mean(jax.nn.softplus(-margins), batch.mask)
+        fit = masked_mean(logistic_loss(margins), batch.mask)
         return fit + regulariser * jnp.sum(params**2 / (1 + params**2))
 
     def mean_loss(params):
