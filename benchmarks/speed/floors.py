@@ -93,7 +93,7 @@ def repeats_for(seconds):
     return int(np.clip(LONGEST / seconds, 1, many))
 
 
-def in_turns(programs, carries, turns=20, budget=float("inf")):
+def in_turns(programs, carries, turns=20, budget=float("inf"), alike=()):
     """Seconds per step of each program, ``{label: (turns,)}``; all in turns.
 
     Args:
@@ -101,6 +101,9 @@ def in_turns(programs, carries, turns=20, budget=float("inf")):
         carries: what each starts from; they are copied, since programs are donated.
         turns: how often each is timed, after calls that warm up and set its repeats.
         budget: seconds after which no further turn begins, once there are ``FEWEST``.
+        alike: groups of labels whose calls take as many steps as that with the fewest.
+            A call gets the memory of its temporaries from the system, page by page, so
+            that steps of large programs look slower the fewer there are in a call.
     """
     held = {label: jax.tree.map(jnp.copy, carries[label]) for label in programs}
     jax.block_until_ready(list(held.values()))
@@ -117,6 +120,8 @@ def in_turns(programs, carries, turns=20, budget=float("inf")):
         if timed(label) < LONGEST:
             repeats[label] = repeats_for(timed(label))
             repeats[label] = repeats_for(timed(label))
+    for group in alike:
+        repeats |= dict.fromkeys(group, min(repeats[label] for label in group))
     end = time.perf_counter() + budget
     for turn in range(turns):
         if turn >= FEWEST and time.perf_counter() > end:
@@ -139,11 +144,11 @@ def _floor(step, tree, kinds):
     return looped(step, tree.unflatten(jax.ShapeDtypeStruct(*kind) for kind in kinds))
 
 
-def measured(steps, turns=20, budget=float("inf")):
+def measured(steps, turns=20, budget=float("inf"), alike=()):
     """Compile and time ``{label: (step, carry)}``: ``{label: (Program, seconds)}``."""
     programs = {label: compiled(*parts) for label, parts in steps.items()}
     carries = {label: carry for label, (_, carry) in steps.items()}
-    seconds = in_turns(programs, carries, turns, budget)
+    seconds = in_turns(programs, carries, turns, budget, alike)
     return {label: (programs[label], seconds[label]) for label in programs}
 
 
