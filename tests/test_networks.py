@@ -267,6 +267,27 @@ def test_copies_equal_loops_over_links(name, key):
     np.testing.assert_allclose(held, slow, atol=1e-12)
 
 
+@pytest.mark.parametrize("compressor", ["top_k", "random_k", "sign"])
+def test_nothing_comes_over_a_link_that_is_down(compressor, key):
+    """Not even what cannot be multiplied away."""
+    v = values(N, 7).at[1].set(jnp.nan)
+    channel = dbo.channels.changing_reference_point(
+        nets.away(nets.fixed(RING), [1], 0, 3), COMPRESSORS[compressor], 0.3
+    )
+    held, state = gossip(channel, v, 3, key, known=jnp.zeros_like(v))
+    others = np.delete(np.arange(N), 1)
+    assert np.isfinite(held[others]).all()
+    assert np.isfinite(state.heard).all()
+
+
+@pytest.mark.parametrize("slots", [3, 40], ids=["written out", "a product"])
+def test_sums_over_slots(slots):
+    weights, leaf = values(N, slots), values(N * slots, 6).reshape(N, slots, 2, 3)
+    total = dbo.trees.over_slots(weights, leaf)
+    exact = np.einsum("nk,nkab->nab", weights, leaf)
+    np.testing.assert_allclose(total, exact, atol=1e-13)
+
+
 @pytest.mark.parametrize("compressor", ["top_k", "sign"])
 def test_copies_agree_on_the_mean_whatever_is_lost(compressor, key):
     v = values(N, 5)

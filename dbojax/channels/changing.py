@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -192,20 +193,13 @@ def changing_reference_point(
         keys = trees.pair_keys(jax.random.split(key)[1], own, others)
         news = jax.tree.map(lambda a, c: a[:, None] - c, v, state.told)
         payload, memory = on_links(compressor.compress)(keys, news, state.compressor)
-        like = trees.one_node(trees.one_node(news))
-
-        def add(message, copy):
-            sent = compressor.decompress(message, like)
-            return jax.tree.map(jnp.add, copy, sent)
-
-        told = on_links(add)(payload, state.told)
-        heard = on_links(add)(network.swap(payload, state.clock.step), state.heard)
-        told, heard, memory = _where_up(weights, (told, heard, memory), state[:3])
+        back, up = network.swap(payload, state.clock.step), weights > 0
+        arrive = on_links(partial(_arrive, compressor))
+        told, heard = arrive(up, payload, state.told), arrive(up, back, state.heard)
+        memory = on_links(_chosen)(up, memory, state.compressor)
 
         def moves(heard, told):
-            shape = weights.shape + (1,) * (heard.ndim - 2)
-            apart = jnp.asarray(weights, heard.dtype).reshape(shape) * (heard - told)
-            return trees.times(gamma, apart.sum(axis=1))
+            return trees.times(gamma, trees.over_slots(weights, heard - told))
 
         state = LinkCopiesState(told, heard, memory, _after(state.clock))
         message = trees.nbytes(trees.one_node(trees.one_node(payload)))
@@ -215,13 +209,17 @@ def changing_reference_point(
     return Channel(init, sender(flow), network=network, flow=flow)
 
 
-def _where_up(weights, tree, otherwise):
-    """``tree`` on the links with a weight, ``otherwise`` on the others."""
+def _chosen(up, tree, otherwise):
+    return jax.tree.map(partial(jnp.where, up), tree, otherwise)
 
-    def choose(a, b):
-        return jnp.where(weights.reshape(weights.shape + (1,) * (a.ndim - 2)) > 0, a, b)
 
-    return jax.tree.map(choose, tree, otherwise)
+def _arrive(compressor, up, message, copy):
+    """The copy at an end of one link, with what came over it if it is up."""
+    if compressor.add is not None:
+        nothing = jax.tree.map(jnp.zeros_like, message)
+        return compressor.add(_chosen(up, message, nothing), 1.0, copy)
+    sent = compressor.decompress(message, jax.eval_shape(lambda v: v, copy))
+    return _chosen(up, jax.tree.map(jnp.add, copy, sent), copy)
 
 
 def _drawn(network, key, clock):

@@ -315,17 +315,19 @@ def _refreshed(mix, key, own, mixed):
 def _scatters(mix, compressor, payload, own) -> bool:
     """Whether adding sparse messages one by one beats mixing the decoded ones.
 
-    Measured on CPU with values and indices in the payload, where its size is 2 k: even
-    at k (degree + 1) of about a tenth of d, or a sixth where all messages are added
-    in one pass; at half of that on few nodes, which a matrix product mixes.
+    Measured on CPU: even at k (degree + 1) of about a tenth of d, or a sixth where all
+    messages of k values are added in one pass; at half of that on few nodes, whose
+    values a matrix product mixes.
     """
     if compressor.add is None:
         return False
-    cost = 5 if compressor.add_all is None else 3
-    slots = mix.weights.shape[1]
+    cost = 10 if compressor.add_all is None else 6
     if len(mix.weights) <= 64:
         cost *= 2
-    return cost * slots * trees.size(payload) <= trees.size(own)
+    values = [
+        a for a in jax.tree.leaves(payload) if jnp.issubdtype(a.dtype, jnp.inexact)
+    ]
+    return cost * mix.weights.shape[1] * trees.size(values) <= trees.size(own)
 
 
 def _relax(mix, v, hat, gamma):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dbojax import trees
 from dbojax.base import Indexed, Oracle, Problem, Tree, split_levels
 from dbojax.oracles.memoryless import (
     SOBA_CALLS,
@@ -164,16 +165,20 @@ def _refresh(table, drawn, now):
         return last.at[drawn.indices].get(mode="fill", fill_value=jnp.nan)
 
     def step(change, rest):
-        return jnp.sum(change, 0) / jnp.asarray(drawn.size, change.dtype) + rest
+        share = len(drawn.indices) / jnp.asarray(drawn.size, change.dtype)
+        return share * change + rest
 
-    def write(last, new):
+    def write(last, new, old):
         # Not `set`, for which a loop on CPU copies the whole table at every step.
-        return last.at[drawn.indices].add(new - read(last))
+        return last.at[drawn.indices].add(new - old)
 
-    last = jax.tree.map(write, table.last, now)
+    # Read but once: what is read after the rows are written costs a copy of the table.
+    old = jax.tree.map(read, table.last)
+    last = jax.tree.map(write, table.last, now, old)
     # Not `now`, which compiled into its readers may round differently in each.
-    changes = jax.tree.map(lambda new, old: read(new) - read(old), last, table.last)
-    estimate = jax.tree.map(lambda m, c: m + jnp.mean(c, 0), table.mean, changes)
+    rows = jax.tree.map(lambda last, old: read(last) - old, last, old)
+    changes = trees.node_mean(rows)
+    estimate = jax.tree.map(jnp.add, table.mean, changes)
     # Compensated summation: by its own rounding a running mean drifts away from its
     # table, and nothing would ever bring it back.
     steps = jax.tree.map(step, changes, table.rest)

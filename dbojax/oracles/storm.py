@@ -21,9 +21,7 @@ class StormState(NamedTuple):
     memory: State  # of the wrapped oracle
 
 
-def storm(
-    oracle: Oracle, rate: float | jax.Array, together: bool = False
-) -> Oracle:
+def storm(oracle: Oracle, rate: float | jax.Array, together: bool = False) -> Oracle:
     r"""Correct the last estimate by how the directions changed on the same batch.
 
     With :math:`d(v; \xi)` the directions of ``oracle`` at the point v on the batch
