@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 
 
-@jax.custom_jvp
 def logistic_loss(margins: jax.Array) -> jax.Array:
     r"""Logistic loss of each margin :math:`m = b\, a^\top y`, labels b in {-1, 1}.
 
@@ -27,7 +26,12 @@ def logistic_loss(margins: jax.Array) -> jax.Array:
         >>> logistic_loss(margins)[2].tolist(), jax.grad(logistic_loss)(0.0).tolist()
         (200.0, -0.5)
     """
-    return jax.nn.softplus(-margins)
+    return _softplus(-margins)
 
 
-logistic_loss.defjvps(lambda t, loss, margins: -t * jax.nn.sigmoid(-margins))
+@jax.custom_jvp
+def _softplus(v):
+    return jax.nn.softplus(v)
+
+
+_softplus.defjvps(lambda t, value, v: t * jax.nn.sigmoid(v))
