@@ -156,7 +156,8 @@ class Compressor(NamedTuple):
     compress: Callable[[jax.Array, Tree, State], tuple[Payload, State]]
     decompress: Callable[[Payload, Tree], Tree]  # (payload, like) -> v
     # (payload, scale, into) -> into + scale * v at the payload's cost, where that is
-    # less than the cost of a dense v; None: decompress, then add.
+    # less than the cost of a dense v; zeros for a payload add nothing. None:
+    # decompress, then add.
     add: Callable[[Payload, jax.Array, Tree], Tree] | None = None
     # E|C(v) - v|^2 <= (1 - delta(d)) |v|^2, as a function of the length d.
     delta: Callable[[int], float] | None = None

@@ -18,8 +18,6 @@ from jax.custom_derivatives import SymbolicZero
 from dbojax import trees
 from dbojax.base import Mix, Tree, check_mixing_matrix
 
-_FEW = 64  # nodes of which a matrix product is cheap, however many hear one another
-
 
 class _Neighbours(NamedTuple):
     """Who each node hears, itself included; padded with itself at weight zero."""
@@ -112,7 +110,7 @@ def _mix(
         averages=averages,
         symmetric=symmetric,
         flow=flow,
-        towards=towards if of_large else None,
+        towards=towards if of_large or pull else None,
     )
 
 
@@ -168,6 +166,10 @@ def mixer(w: np.ndarray) -> Mix:
 
     .. math:: (W v)_i = \sum_j w_{ij} v_j
 
+    In a matrix product zeros are multiplied too: a value that is not finite then
+    reaches all nodes at once, and so it does where messages are compressed between up
+    to 64 nodes.
+
     Args:
         w: doubly stochastic ``(n, n)`` on a connected graph, from ``dbo.topology``.
 
@@ -195,7 +197,7 @@ def mixer(w: np.ndarray) -> Mix:
     n, slots = len(w), _neighbours(w).nodes.shape[1]
     if np.allclose(w, 1 / n, rtol=0, atol=1e-12):
         return averaging(n)
-    if n > _FEW:
+    if n > trees.FEW:
         return neighbours(w)
     pull = _times(w - np.eye(n))
     if slots <= max(3, n / 4):

@@ -13,6 +13,7 @@ import numpy as np
 
 from dbojax.base import Participation, Tree
 
+FEW = 64  # nodes that a matrix product mixes cheaply, however many hear one another
 _UNROLLED = 32  # neighbour slots that are written out; more are scanned in chunks
 _CHUNK = 8
 _BLOCK = 512  # columns that are mapped at a time, where an array is large

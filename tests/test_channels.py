@@ -216,6 +216,20 @@ def test_sparse_messages_are_added_without_a_dense_detour(key):
     assert "roll[" not in text
 
 
+@pytest.mark.parametrize("share", [0.01, 0.3], ids=["added", "mixed"])
+@pytest.mark.parametrize("codes", ["values", "cast", "sign"])
+def test_codes_are_added_where_their_values_would_be(codes, share):
+    """Few entries are added one by one, whatever they travel as, and many mixed."""
+    part = dbo.compressors.top_k(share)
+    if codes != "values":
+        coded = dbo.compressors.cast(jnp.float16), dbo.compressors.sign()
+        part = dbo.compressors.composed(part, coded[codes == "sign"])
+    mix = dbo.mixing.mixer(GRAPHS["ring"])
+    channel = dbo.channels.reference_point(mix, part, 0.3)
+    state = jax.eval_shape(channel.init, jnp.zeros((toys.N, 2000)))
+    assert (state.heard != ()) == (share == 0.01)
+
+
 @pytest.mark.parametrize("name", COMPRESSORS)
 @pytest.mark.parametrize("kind", LOSSY)
 def test_the_meter_counts_the_payload(kind, name, key):

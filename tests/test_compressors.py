@@ -216,9 +216,12 @@ def test_add_is_decompress_then_add(c, key):
     @jax.jit
     def both(key, scale, into):
         payload, _ = c.compress(key, v, c.init(v))
-        return c.add(payload, scale, into), c.decompress(payload, v)
+        nothing = jax.tree.map(jnp.zeros_like, payload)
+        kept = c.add(nothing, scale, into)
+        return c.add(payload, scale, into), c.decompress(payload, v), kept
 
-    got, dense = both(key, jnp.asarray(-0.5), into)
+    got, dense, kept = both(key, jnp.asarray(-0.5), into)
+    jax.tree.map(np.testing.assert_array_equal, kept, into)
     want = jax.tree.map(lambda i, q: i - 0.5 * np.asarray(q), into, dense)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, want)
 

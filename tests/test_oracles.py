@@ -96,6 +96,42 @@ def test_penalty_never_differentiates_twice():
         dbo.oracles.soba(problem).directions(None, x, y, z, (), None)
 
 
+def test_soba_takes_objectives_that_have_reverse_derivatives_alone():
+    """One derived by hand, and one whose derivative the host computes."""
+
+    @jax.custom_vjp
+    def square(v):
+        return v**2
+
+    square.defvjp(lambda v: (v**2, v), lambda v, g: (2 * v * g,))
+
+    def on_host(function, v):
+        return jax.pure_callback(function, v, v, vmap_method="sequential")
+
+    @jax.custom_vjp
+    def summed(v):
+        return on_host(np.cumsum, v)
+
+    summed.defvjp(
+        lambda v: (summed(v), None),
+        lambda _, g: (on_host(lambda a: np.cumsum(a[::-1])[::-1].copy(), g),),
+    )
+
+    def problem(square, summed):
+        return dbo.Problem(
+            lambda x, y, b: jnp.sum(square(y)),
+            lambda x, y, b: jnp.sum(square(y) * (1 + x**2) + y * summed(x)),
+        )
+
+    x, y, z = jax.random.normal(jax.random.key(0), (3, 4))
+    found, exact = (
+        dbo.oracles.soba(one).directions(None, x, y, z, (), None)[0]
+        for one in (problem(square, summed), problem(jnp.square, jnp.cumsum))
+    )
+    for a, b in zip(found, exact, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-13)
+
+
 def test_a_batch_of_two_parts_is_split_by_level():
     problem = dbo.Problem(
         lambda x, y, b: b * jnp.sum(x) + jnp.sum(y), lambda x, y, b: b * jnp.sum(y**2)

@@ -146,7 +146,7 @@ def mapped(x, y, samples):
 
 
 def mean_of(leaf):
-    """The mean over samples: eight runs of them are added up, then their sums.
+    """The mean over 8 k samples: eight runs of them are added up, then their sums.
 
     On CPU additions read the block where it lies; a reduction is slow, and a product of
     all samples would copy the block first.

@@ -27,7 +27,7 @@ from steps import floats, stepping
 import dbojax as dbo
 
 FITTED = 3
-# Of those that are fitted not even one array fits into a cache of 32 MB.
+# The state of those that are fitted is several times a cache of 32 MB.
 NODES, WIDTH = [8, 64, 512, 2048, 4096, 6144], 4000
 LENGTHS = [1000, 10_000, 100_000, 1_000_000, 2_000_000, 3_000_000]  # at n = 8
 MANY = 4096  # nodes of which it is checked that the method works

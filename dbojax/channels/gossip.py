@@ -316,18 +316,19 @@ def _scatters(mix, compressor, payload, own) -> bool:
     """Whether adding sparse messages one by one beats mixing the decoded ones.
 
     Measured on CPU: even at k (degree + 1) of about a tenth of d, or a sixth where all
-    messages of k values are added in one pass; at half of that on few nodes, whose
+    messages of k entries are added in one pass; at half of that on few nodes, whose
     values a matrix product mixes.
     """
     if compressor.add is None:
         return False
     cost = 10 if compressor.add_all is None else 6
-    if len(mix.weights) <= 64:
+    if len(mix.weights) <= trees.FEW:
         cost *= 2
-    values = [
-        a for a in jax.tree.leaves(payload) if jnp.issubdtype(a.dtype, jnp.inexact)
-    ]
-    return cost * mix.weights.shape[1] * trees.size(values) <= trees.size(own)
+    leaves = jax.tree.leaves(payload)
+    values = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    # Where values travel as codes, it has as many indices.
+    entries = max(trees.size(values), trees.size(payload) // 2)
+    return cost * mix.weights.shape[1] * entries <= trees.size(own)
 
 
 def _relax(mix, v, hat, gamma):

@@ -104,7 +104,7 @@ def sparsifier(
     def add(payload, scale, into):
         at, values = place(payload, into.size)
         change = (scale * values).astype(into.dtype)
-        return into.at[at].add(change, mode="drop", unique_indices=True)
+        return into.at[at].add(change, mode="drop")
 
     def add_all(payloads, scales, into):
         # One scatter goes through a node's messages while its memory is in the cache.

@@ -172,7 +172,7 @@ def _refresh(table, drawn, now):
         # Not `set`, for which a loop on CPU copies the whole table at every step.
         return last.at[drawn.indices].add(new - old)
 
-    # Read but once: what is read after the rows are written costs a copy of the table.
+    # Once: to read the old table after rows of it are written would take a copy of it.
     old = jax.tree.map(read, table.last)
     last = jax.tree.map(write, table.last, now, old)
     # Not `now`, which compiled into its readers may round differently in each.

@@ -41,8 +41,9 @@ def storm(oracle: Oracle, rate: float | jax.Array, together: bool = False) -> Or
             only the first moves the memory.
         rate: rho in (0, 1]; 1 gives the directions of ``oracle``.
         together: map the oracle over both points, so that it goes through the batch
-            once. Measured on CPU, a series over ten batches of a matrix per sample took
-            0.6 of the time, directions of perceptrons 1.1 to 1.4 times as long.
+            once, with its memory twice. Measured on CPU, a series over ten batches of
+            a matrix per sample took 0.6 of the time, directions of perceptrons 1.1 to
+            1.4 times as long.
 
     Returns:
         An oracle that costs twice as much and remembers the last point and estimate. A
