@@ -142,7 +142,8 @@ def test_memory_is_the_last_point_and_estimate_and_costs_double():
     assert oracle.calls == tuple(calls + calls for calls in plain.calls)
 
 
-def test_both_points_share_the_key():
+@pytest.mark.parametrize("together", [False, True])
+def test_both_points_share_the_key(together):
     """At a point that moves by one, huge noise of the same draw cancels."""
 
     def directions(key, x, y, z, memory, batch):
@@ -150,19 +151,29 @@ def test_both_points_share_the_key():
         return (x + noise, y + noise, z + noise), memory
 
     plain = dbo.Oracle(lambda x, y: (y, ()), directions, (dbo.Calls(),) * 3)
-    oracle, x = dbo.oracles.storm(plain, 1e-9), jnp.zeros(())
+    oracle, x = dbo.oracles.storm(plain, 1e-9, together), jnp.zeros(())
     _, memory = oracle.init(x, x)
     first, memory = oracle.directions(jax.random.key(0), x, x, x, memory, None)
     second, _ = oracle.directions(jax.random.key(1), x + 1, x, x, memory, None)
     np.testing.assert_allclose(second[0] - first[0], 1, atol=1e-5)
 
 
-def test_the_wrapped_memory_moves_once_a_step():
+def test_both_points_at_once_give_the_same():
+    batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * STEPS), _one(NOISY.batch))
+    apart, together = (
+        _along(dbo.oracles.storm(SOBA, 0.3, way), _path(), batch)
+        for way in (False, True)
+    )
+    _close(together, apart, 1e-12)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_wrapped_memory_moves_once_a_step(together):
     def directions(key, x, y, z, memory, batch):
         return (x, y, z), memory + 1
 
     plain = dbo.Oracle(lambda x, y: (y, jnp.array(0)), directions, (dbo.Calls(),) * 3)
-    oracle, x = dbo.oracles.storm(plain, 0.5), jnp.zeros(())
+    oracle, x = dbo.oracles.storm(plain, 0.5, together), jnp.zeros(())
     _, memory = oracle.init(x, x)
     for _ in range(3):
         _, memory = oracle.directions(None, x, x, x, memory, None)

@@ -1,6 +1,6 @@
 """Speed against the floor: every kernel and step, in one command.
 
-    python benchmarks/speed/run.py                    # about ten minutes on two cores
+    python benchmarks/speed/run.py                    # some twelve minutes on two cores
     python benchmarks/speed/run.py --short            # about a minute
     python benchmarks/speed/run.py --only mixing steps --against BASELINE
     python benchmarks/speed/run.py --save-baseline    # into baselines/, by device
