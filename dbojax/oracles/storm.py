@@ -41,9 +41,8 @@ def storm(oracle: Oracle, rate: float | jax.Array, together: bool = False) -> Or
             only the first moves the memory.
         rate: rho in (0, 1]; 1 gives the directions of ``oracle``.
         together: map the oracle over both points, so that it goes through the batch
-            once, with its memory twice. Measured on CPU, a series over ten batches of
-            a matrix per sample took 0.6 of the time, directions of perceptrons 1.1 to
-            1.4 times as long.
+            once, with its memory twice. For oracles that read much and compute little,
+            such as a series over batches of large samples; networks are slower so.
 
     Returns:
         An oracle that costs twice as much and remembers the last point and estimate. A
@@ -88,9 +87,8 @@ def storm(oracle: Oracle, rate: float | jax.Array, together: bool = False) -> Or
         if together:
             both = jax.tree.map(lambda *leaves: jnp.stack(leaves), point, memory.point)
             found = jax.vmap(at)(both)
-            (now, inner), (before, _) = (
-                jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in (0, 1)
-            )
+            now, inner = jax.tree.map(lambda leaf: leaf[0], found)
+            before, _ = jax.tree.map(lambda leaf: leaf[1], found)
         else:
             (now, inner), (before, _) = at(point), at(memory.point)
 

@@ -12,8 +12,7 @@ def logistic_loss(margins: jax.Array) -> jax.Array:
         \ell(m) = \log(1 + e^{-m}), \qquad \ell'(m) = -\sigma(-m)
 
     The value is that of ``jax.nn.softplus(-m)``. So is the derivative, to rounding, but
-    as one sigmoid, where JAX differentiates a logarithm of two exponentials: on CPU
-    about a third of the time.
+    as one sigmoid, where JAX differentiates a logarithm of two exponentials.
 
     Args:
         margins: of any shape.
